@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""From an ioctl's number to its handler: the table of kvmfs.abi bound to the modules of this package.
+
+A number finds its handler in two steps: its line in the table names a function, and the module of the level
+(system, vm, vcpu, device) has that function, or this KVM is one without it.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from kvmfs.abi.ioctls import TABLE, Level
+from kvmfs.api import system, vcpu, vm
+from kvmfs.errors import KvmError
+from kvmfs.kvm import x86
+from kvmfs.kvm.kvm_main import VCPU_INODE, VM_INODE
+
+if TYPE_CHECKING:
+    from kvmfs.kvm.host import RequestLike
+    from kvmfs.kvm.kvm_main import Kvm, Vcpu, Vm
+
+Result = int | bytes | tuple[int, bytes] | None
+Handler = Callable[[Any, Any], Result]
+
+KVM_RUN, KVM_CREATE_VM = 0xAE80, 0xAE01
+
+
+def bind(level: Level, module: ModuleType) -> dict[int, Handler]:
+    """The handlers of one level by ioctl number."""
+    return {entry.number: getattr(module, entry.handler) for entry in TABLE
+            if level in entry.levels and hasattr(module, entry.handler)}
+
+
+class SystemDispatcher:
+    """ioctls on the node.  Unknown numbers: EINVAL (``kvm_dev_ioctl``)."""
+
+    def __init__(self, kvm: Kvm, create_vm: Callable[[Any, int], Result]) -> None:
+        self._kvm, self._create_vm = kvm, create_vm
+        self._handlers = bind(Level.SYSTEM, system)
+
+    def ioctl(self, req: Any) -> Result:
+        """A channel's handler."""
+        handler = self._handlers.get(req.cmd)
+        if handler is not None:
+            return handler(self._kvm, req)
+        if req.cmd == KVM_CREATE_VM:
+            if req.arg:                 # KVM_X86_DEFAULT_VM is the only type (KVM_CAP_VM_TYPES)
+                raise KvmError(errno.EINVAL)
+            return self._create_vm(req, req.arg)
+        raise KvmError(errno.EINVAL)
+
+
+class VmDispatcher:
+    """ioctls on a VM's files: the VM itself and its vCPUs, told apart by inode."""
+
+    def __init__(self, vm_: Vm) -> None:
+        self._vm = vm_
+        self._vm_handlers = bind(Level.VM, vm)
+        self._vcpu_handlers = bind(Level.VCPU, vcpu)
+        self._vcpu_handlers.pop(KVM_RUN, None)
+        self._tids: set[int] = set()
+
+    def ioctl(self, req: Any) -> Result:
+        """A channel's handler.
+
+        Another address space than the VM's: EIO.  Unknown numbers: ENOTTY on a VM, EINVAL on a vCPU.
+        """
+        vm_ = self._vm
+        if req.tid not in self._tids:
+            self._admit(req.tid)
+        if vm_.dead:
+            raise KvmError(errno.EIO)
+        if req.nodeid >= VCPU_INODE:
+            return self._vcpu_ioctl(vm_.vcpus[req.nodeid - VCPU_INODE], req)
+        if req.nodeid != VM_INODE:
+            raise KvmError(errno.ENOTTY)
+        handler = self._vm_handlers.get(req.cmd)
+        if handler is None:
+            raise KvmError(errno.ENOTTY)
+        return handler(vm_, req)
+
+    def _admit(self, tid: int) -> None:
+        if not self._vm.host.owns(tid):
+            raise KvmError(errno.EIO)
+        if len(self._tids) > 4096:      # thread ids of the dead; asking again costs little
+            self._tids.clear()
+        self._tids.add(tid)
+
+    def _vcpu_ioctl(self, v: Vcpu, req: Any) -> Result:
+        """``kvm_vcpu_ioctl``: every one of them waits for the vCPU's mutex."""
+        if not v.mutex.acquire(blocking=False):
+            self._vm.host.may_block()
+            v.mutex.acquire()
+        try:
+            if req.cmd == KVM_RUN:
+                if req.arg:
+                    raise KvmError(errno.EINVAL)
+                return x86.ioctl_run(v, req)
+            handler = self._vcpu_handlers.get(req.cmd)
+            if handler is None:
+                raise KvmError(errno.EINVAL)
+            share = self._vm.arch.share
+            share.acquire(v, urgent=True)
+            try:
+                return handler(v, req)
+            finally:
+                share.release()
+        finally:
+            v.mutex.release()
+
+    def interrupt(self, req: RequestLike) -> None:
+        """The client's thread has a signal while ``req`` is being served."""
+        if req.cmd == KVM_RUN and req.nodeid >= VCPU_INODE:
+            self._vm.vcpus[req.nodeid - VCPU_INODE].kick()

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""ioctls on a vCPU's descriptor (Linux: kvm_vcpu_ioctl, kvm_arch_vcpu_ioctl).
+
+The dispatcher holds the vCPU's mutex and the engine: what a handler reads and writes stands still.
+"""
+
+from __future__ import annotations
+
+import errno
+import struct
+from typing import TYPE_CHECKING
+
+from kvmfs.abi.structs import KvmFpu, KvmSregs, KvmVcpuEvents
+from kvmfs.errors import KvmError
+from kvmfs.kvm import events, fpu, regs
+from kvmfs.kvm.x86 import MP_STATE_RUNNABLE
+
+if TYPE_CHECKING:
+    from kvmfs.kvm.host import RequestLike
+    from kvmfs.kvm.kvm_main import Vcpu
+
+_REGS = struct.Struct("<18Q")
+_U32 = struct.Struct("<I")
+KVM_NR_INTERRUPTS = 256
+KVM_MAX_MSRS = 256
+SIGSET_SIZE = 8
+# Never blocked, whatever a mask says: SIGKILL (9), SIGSTOP (19).
+_UNBLOCKABLE = 1 << 8 | 1 << 18
+
+
+def get_regs(vcpu: Vcpu, req: RequestLike) -> bytes:
+    """KVM_GET_REGS: 16 general registers, rip, rflags."""
+    return bytes(regs.get_regs(vcpu))
+
+
+def set_regs(vcpu: Vcpu, req: RequestLike) -> int:
+    """KVM_SET_REGS."""
+    regs.set_regs(vcpu, _REGS.unpack(req.data))
+    return 0
+
+
+def get_sregs(vcpu: Vcpu, req: RequestLike) -> bytes:
+    """KVM_GET_SREGS."""
+    return bytes(regs.get_sregs(vcpu))
+
+
+def set_sregs(vcpu: Vcpu, req: RequestLike) -> int:
+    """KVM_SET_SREGS.  EINVAL: control registers that exclude each other."""
+    regs.set_sregs(vcpu, KvmSregs.from_buffer_copy(req.data))
+    return 0
+
+
+def get_fpu(vcpu: Vcpu, req: RequestLike) -> bytes:
+    """KVM_GET_FPU: x87 and SSE state."""
+    return bytes(fpu.get_fpu(vcpu))
+
+
+def set_fpu(vcpu: Vcpu, req: RequestLike) -> int:
+    """KVM_SET_FPU."""
+    fpu.set_fpu(vcpu, KvmFpu.from_buffer_copy(req.data))
+    return 0
+
+
+def interrupt(vcpu: Vcpu, req: RequestLike) -> int:
+    """KVM_INTERRUPT (api.rst 4.16): queue a vector for the next entry.  EINVAL: vector above 255."""
+    vector, = _U32.unpack(req.data)
+    if vector >= KVM_NR_INTERRUPTS:
+        raise KvmError(errno.EINVAL)
+    events.queue_interrupt(vcpu, vector)
+    vcpu.arch.entry_check = True
+    return 0
+
+
+def nmi(vcpu: Vcpu, req: RequestLike) -> int:
+    """KVM_NMI (api.rst 4.64)."""
+    vcpu.arch.nmi_queued += 1
+    vcpu.arch.event_request = True
+    return 0
+
+
+def get_mp_state(vcpu: Vcpu, req: RequestLike) -> bytes:
+    """KVM_GET_MP_STATE (api.rst 4.38)."""
+    return _U32.pack(vcpu.arch.mp_state)
+
+
+def set_mp_state(vcpu: Vcpu, req: RequestLike) -> int:
+    """KVM_SET_MP_STATE (api.rst 4.39).  Without an in-kernel APIC only RUNNABLE exists: EINVAL."""
+    state, = _U32.unpack(req.data)
+    if state != MP_STATE_RUNNABLE:
+        raise KvmError(errno.EINVAL)
+    vcpu.arch.mp_state = state
+    return 0
+
+
+def get_vcpu_events(vcpu: Vcpu, req: RequestLike) -> bytes:
+    """KVM_GET_VCPU_EVENTS."""
+    return bytes(events.get_vcpu_events(vcpu))
+
+
+def set_vcpu_events(vcpu: Vcpu, req: RequestLike) -> int:
+    """KVM_SET_VCPU_EVENTS."""
+    events.set_vcpu_events(vcpu, KvmVcpuEvents.from_buffer_copy(req.data))
+    return 0
+
+
+def set_signal_mask(vcpu: Vcpu, req: RequestLike) -> int:
+    """KVM_SET_SIGNAL_MASK (api.rst 4.21): the mask in force during KVM_RUN; a NULL argument ends that.
+
+    EFAULT for a bad pointer, EINVAL when its length is not 8.
+    """
+    if not req.arg:
+        vcpu.sigset = None
+        return 0
+    memory = vcpu.vm.host.memory
+    length, = _U32.unpack(memory.read(req.arg, 4))
+    if length != SIGSET_SIZE:
+        raise KvmError(errno.EINVAL)
+    vcpu.sigset = int.from_bytes(memory.read(req.arg + 4, SIGSET_SIZE), "little") & ~_UNBLOCKABLE
+    return 0

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""ioctls on a VM's descriptor (Linux: kvm_vm_ioctl, kvm_arch_vm_ioctl).
+
+A handler copies in, checks, acts and copies out, in the kernel's order; KvmError carries the errno.
+"""
+
+from __future__ import annotations
+
+import errno
+import struct
+from typing import TYPE_CHECKING
+
+from kvmfs.errors import KvmError
+from kvmfs.kvm import caps
+from kvmfs.kvm.memslots import HostRange
+
+if TYPE_CHECKING:
+    from kvmfs.kvm.host import RequestLike
+    from kvmfs.kvm.kvm_main import Vm
+
+_MEMORY_REGION = struct.Struct("<IIQQQ")        # slot, flags, guest_phys_addr, memory_size, userspace_addr
+TSS_ADDR_MAX = (1 << 32) - 3 * 4096
+
+
+def check_extension(vm: Vm, req: RequestLike) -> int:
+    """KVM_CHECK_EXTENSION on a VM (KVM_CAP_CHECK_EXTENSION_VM): what this VM can do; unknown: 0."""
+    return caps.check_extension_vm(vm.vendor, req.arg)
+
+
+def create_vcpu(vm: Vm, req: RequestLike) -> None:
+    """KVM_CREATE_VCPU (api.rst 4.7): the vCPU's descriptor.  EINVAL: id or number too large; EEXIST."""
+    vm.host.may_block()
+    with vm.create_lock:
+        vcpu = vm.create_vcpu(req.arg)
+        vm.online_vcpu(vcpu)
+        try:
+            vm.host.graft(req, f"kvm-vcpu:{req.arg}", vcpu.inode, vcpu.run_fd)
+        except OSError:         # the client has been told
+            vm.vcpus.remove(vcpu)
+            vm.drop_vcpu(vcpu)
+
+
+def set_user_memory_region(vm: Vm, req: RequestLike) -> None:
+    """KVM_SET_USER_MEMORY_REGION (api.rst 4.35)."""
+    host, result = vm.host, 0
+    host.may_block()
+    with vm.slots_lock:
+        try:
+            _set_region(vm, req, *_MEMORY_REGION.unpack(req.data))
+        except OSError as e:
+            result = -(e.errno or errno.EIO)
+        except BaseException:
+            host.finish(req, -errno.EIO)
+            raise
+        host.finish(req, result)
+
+
+def _set_region(vm: Vm, req: RequestLike, slot: int, flags: int, gpa: int, size: int, hva: int) -> None:
+    slots, share = vm.memslots, vm.arch.share
+    change = slots.prepare(slot, flags, gpa, size, hva)
+    if change is None:
+        return
+    memory = None
+    if change.needs_memory:
+        # Not while holding the engine: the client's threads are stopped for this, also those in KVM_RUN.
+        memory = HostRange(hva, size, vm.host.guest_memory(req, hva, size))
+    share.acquire(None, urgent=True)
+    try:
+        slots.apply(change, memory)
+    except BaseException:
+        if memory is not None:
+            memory.close()
+        raise
+    finally:
+        share.release()
+
+
+def set_tss_addr(vm: Vm, req: RequestLike) -> int:
+    """KVM_SET_TSS_ADDR (api.rst 4.22): accepted; the engine enters real mode without such a TSS."""
+    if req.arg > TSS_ADDR_MAX:
+        raise KvmError(errno.EINVAL)
+    return 0
+
+
+def set_identity_map_addr(vm: Vm, req: RequestLike) -> int:
+    """KVM_SET_IDENTITY_MAP_ADDR (api.rst 4.40): accepted before the first vCPU, EINVAL after."""
+    with vm.lock:
+        if vm.created_vcpus:
+            raise KvmError(errno.EINVAL)
+    return 0

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Instructions that the machine, not the CPU, carries out or steps over (Linux: emulate.c and its callers)."""
+
+from __future__ import annotations
+
+import struct
+from typing import TYPE_CHECKING, NamedTuple
+
+import capstone
+from capstone import x86_const
+
+from kvmfs.abi import exits as kx
+from kvmfs.abi.x86 import DB_VECTOR, X86_EFLAGS_TF
+from kvmfs.kvm import events, mmu, regs
+from kvmfs.vendor.ops import SEG_CS, SEG_DS, SEG_FS, SEG_GS, SEG_SS
+
+if TYPE_CHECKING:
+    from kvmfs.kvm.kvm_main import Vcpu
+
+MAX_INSN = 15
+_PREFIXES = frozenset((0x26, 0x2E, 0x36, 0x3E, 0x64, 0x65, 0x66, 0x67, 0xF0, 0xF2, 0xF3))
+
+
+def skip_emulated_instruction(vcpu: Vcpu, length: int) -> int:
+    """``kvm_skip_emulated_instruction``: go past it; a guest that single-steps gets its #DB.  Returns 1."""
+    cpu = vcpu.cpu
+    cpu.skip_instruction(length)
+    if cpu.rflags & X86_EFLAGS_TF:
+        events.queue_exception(vcpu, DB_VECTOR, payload=events.DR6_BS)
+    return 1
+
+
+def complete_insn_gp(vcpu: Vcpu, ok: bool, length: int) -> int:
+    """``kvm_complete_insn_gp``: step over the instruction, or make it raise #GP(0).  Returns 1."""
+    if ok:
+        return skip_emulated_instruction(vcpu, length)
+    events.inject_gp(vcpu)
+    return 1
+
+
+def fetch(vcpu: Vcpu) -> bytes:
+    """The bytes at the guest's next instruction, up to 15; fewer where a page is missing."""
+    return mmu.read_virtual(vcpu, regs.linear_rip(vcpu), MAX_INSN)
+
+
+class Opcode(NamedTuple):
+    """An instruction up to its ModRM byte."""
+
+    prefix_length: int          # legacy prefixes and REX
+    rex: int                    # 0 without a REX prefix
+    opcode: bytes               # one byte, or 0f xx
+    modrm: int                  # the byte behind the opcode, 0 at the end of what could be fetched
+
+
+def decode(vcpu: Vcpu, code: bytes) -> Opcode:
+    """Prefixes and opcode of the instruction in ``code`` by the vCPU's mode."""
+    at = 0
+    while at < len(code) and code[at] in _PREFIXES:
+        at += 1
+    rex = 0
+    if at < len(code) and code[at] & 0xF0 == 0x40 and vcpu.cpu.segment(SEG_CS)[3] & 1 << 9:
+        rex = code[at]
+        at += 1
+    size = 2 if code[at:at + 1] == b"\x0f" else 1
+    end = at + size
+    return Opcode(at, rex, code[at:end], code[end] if end < len(code) else 0)
+
+
+def read_operand16(vcpu: Vcpu, code: bytes) -> tuple[int, int] | None:
+    """The value of the instruction's 16-bit operand (a register or memory) and the instruction's length.
+
+    None when it cannot be decoded or its memory not read.
+    """
+    cpu = vcpu.cpu
+    wide = regs.is_64_bit_mode(vcpu)
+    big = cpu.segment(SEG_CS)[3] & 1 << 10
+    mode = capstone.CS_MODE_64 if wide else capstone.CS_MODE_32 if big else capstone.CS_MODE_16
+    disassembler = capstone.Cs(capstone.CS_ARCH_X86, mode)
+    disassembler.detail = True
+    insn = next(disassembler.disasm(code, cpu.rip, 1), None)
+    if insn is None or not insn.operands:
+        return None
+    operand = insn.operands[0]
+    if operand.type == x86_const.X86_OP_REG:
+        return _register(vcpu, insn.reg_name(operand.reg)) & 0xFFFF, insn.size
+    if operand.type != x86_const.X86_OP_MEM:
+        return None
+    mem = operand.mem
+    offset = mem.disp
+    for reg, scale in ((mem.base, 1), (mem.index, mem.scale)):
+        if reg:
+            offset += _register(vcpu, insn.reg_name(reg)) * scale
+    offset &= (1 << 8 * insn.addr_size) - 1
+    segment = SEG_SS if insn.reg_name(mem.base or 0) in ("bp", "ebp", "sp", "esp") else SEG_DS
+    if mem.segment:
+        segment = ("es", "cs", "ss", "ds", "fs", "gs").index(insn.reg_name(mem.segment))
+    base = cpu.segment(segment)[1] if not wide or segment in (SEG_FS, SEG_GS) else 0
+    data = mmu.read_virtual(vcpu, (base + offset) & ((1 << 64) - 1 if wide else (1 << 32) - 1), 2)
+    return (int.from_bytes(data, "little"), insn.size) if len(data) == 2 else None
+
+
+_NAMES = ("ax", "cx", "dx", "bx", "sp", "bp", "si", "di")
+
+
+def _register(vcpu: Vcpu, name: str) -> int:
+    """A general register by the disassembler's name (ax, ebx, rcx, r8w, r9d, rip, ...)."""
+    if name == "rip":
+        return int(vcpu.cpu.rip)
+    if name[0] == "r" and name[1:].rstrip("dw").isdigit():
+        index, width = int(name[1:].rstrip("dw")), {"d": 32, "w": 16}.get(name[-1], 64)
+    else:
+        index, width = _NAMES.index(name[-2:]), {"r": 64, "e": 32}.get(name[0] if len(name) == 3 else "", 16)
+    return int(vcpu.cpu.gpr(index)) & ((1 << width) - 1)
+
+
+def prepare_emulation_failure(vcpu: Vcpu) -> int:
+    """``handle_emulation_failure``: #UD for the guest's user code, an internal error for the client otherwise.
+
+    kvm_run.emulation_failure: flags, the instruction's size and its bytes (api.rst, KVM_EXIT_INTERNAL_ERROR).
+    """
+    events.inject_ud(vcpu)
+    if vcpu.vm.vendor.get_cpl(vcpu) != 0:
+        return 1
+    code = fetch(vcpu)
+    run = vcpu.run
+    struct.pack_into("<I", run, 8, kx.KVM_EXIT_INTERNAL_ERROR)
+    flags = kx.KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES if code else 0
+    ndata = 4 if code else 1
+    struct.pack_into("<IIQB15s", run, 32, kx.KVM_INTERNAL_ERROR_EMULATION, ndata, flags, len(code),
+                     code.ljust(15, b"\x90"))
+    return 0

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What the machine asks of the process that it lives in.
+
+The machine knows no FUSE and no client process.  Whatever crosses that border is one of these few calls; the
+worker implements them with its link to the daemon, the tests with a stand-in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+
+class Segment(Protocol):
+    """A piece of the client's memory that is backed by a file the worker can map."""
+
+    @property
+    def hva(self) -> int: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def fd(self) -> int: ...
+    @property
+    def offset(self) -> int: ...
+    @property
+    def writable(self) -> bool: ...
+
+
+class RequestLike(Protocol):
+    """The part of a channel's request that handlers use."""
+
+    tid: int
+    cmd: int
+    arg: int
+    nodeid: int
+    interrupted: bool
+
+    @property
+    def data(self) -> memoryview: ...
+
+    def reply(self, result: int, data: bytes | bytearray | memoryview = b"") -> None: ...
+
+
+class Memory(Protocol):
+    """The client's address space."""
+
+    def read(self, address: int, size: int) -> bytes: ...
+
+    def write(self, address: int, data: bytes | bytearray | memoryview) -> None: ...
+
+
+class Host(Protocol):
+    """The worker, as its machine sees it."""
+
+    @property
+    def memory(self) -> Memory:
+        """The address space of the process that created the VM."""
+
+    def owns(self, tid: int) -> bool:
+        """Is thread ``tid`` one of the process that created the VM?  (Linux: ``kvm->mm == current->mm``.)"""
+
+    def may_block(self) -> None:
+        """The calling thread is about to wait or to run a guest: see that another one serves requests."""
+
+    def graft(self, req: RequestLike, name: str, inode: int, kvm_run: int | None) -> int:
+        """Open the file ``name`` of the VM's mount in the client; ``req`` is answered with its number.
+
+        ``kvm_run`` is the memfd that the client's mmap of the file shows.  Raises OSError when nothing was
+        opened; ``req`` is then answered with that errno.
+        """
+
+    def guest_memory(self, req: RequestLike, hva: int, size: int) -> Sequence[Segment]:
+        """Files for the client's range; what is private to the client is made shared first.
+
+        Ranges that the client has not mapped are left out.  ``req`` may have been answered when this returns:
+        end with :meth:`finish`.
+        """
+
+    def finish(self, req: RequestLike, result: int) -> None:
+        """Give ``req`` its final result (a value or -errno), whether or not it was answered early."""
+
+    def kvm_run_copy_in(self, inode: int, page: memoryview) -> None:
+        """Without passthrough: bring the client's view of kvm_run into ``page``."""
+
+    def kvm_run_copy_out(self, inode: int, page: memoryview) -> None:
+        """Without passthrough: bring ``page`` into the client's view of kvm_run."""
+
+    def signals_pending(self, tid: int, mask: int) -> bool:
+        """Does thread ``tid`` have a pending signal that is not in ``mask`` (bit n-1: signal n)?"""

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""VMs and vCPUs: what virt/kvm/kvm_main.c does for every architecture."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from kvmfs.cpu.engine import Engine
+from kvmfs.errors import KvmError
+from kvmfs.kvm import x86
+from kvmfs.kvm.memslots import MemSlots
+
+if TYPE_CHECKING:
+    from kvmfs.kvm.host import Host, Memory, RequestLike
+    from kvmfs.vendor.ops import KvmX86Ops
+
+KVM_MAX_VCPUS = 1024
+KVM_MAX_VCPU_IDS = 4 * KVM_MAX_VCPUS
+VCPU_MMAP_SIZE = 3 * 4096       # kvm_run, the PIO data page, the coalesced MMIO ring
+MAX_GPA_BITS = 52
+
+VM_INODE = 2
+VCPU_INODE = 0x100              # + the vCPU's index
+
+
+class Kvm:
+    """The system level: what a descriptor of the node itself stands for."""
+
+    def __init__(self, vendor: KvmX86Ops, memory_of: Callable[[RequestLike], Memory]) -> None:
+        self.vendor = vendor
+        self.memory_of = memory_of
+
+
+class Vm:
+    """``struct kvm``.
+
+    ``lock`` is kvm->lock (vCPU creation, capabilities), ``slots_lock`` orders changes of the memory slots,
+    ``create_lock`` makes vCPUs appear one at a time.
+    """
+
+    def __init__(self, vendor: KvmX86Ops, host: Host) -> None:
+        self.vendor, self.host = vendor, host
+        self.lock, self.slots_lock, self.create_lock = threading.Lock(), threading.Lock(), threading.Lock()
+        self.engine = Engine()
+        self.memslots = MemSlots(self._ram_mapped, self._ram_unmapped, 1 << MAX_GPA_BITS)
+        self.created_vcpus = 0
+        self.vcpus: list[Vcpu] = []
+        self.max_vcpus = KVM_MAX_VCPUS
+        self.arch = x86.VmArch()
+        self.dead = False
+
+    # Linux flushes the shadow pages when a slot changes and vCPUs fault them in again; here the engine
+    # itself must stand still while its memory map changes.
+    def _ram_mapped(self, gpa: int, size: int, address: int, readonly: bool) -> None:
+        self.engine.map(gpa, size, address, readonly=readonly)
+
+    def _ram_unmapped(self, gpa: int, size: int) -> None:
+        self.engine.unmap(gpa, size)
+
+    def create_vcpu(self, vcpu_id: int) -> Vcpu:
+        """``kvm_vm_ioctl_create_vcpu`` up to the descriptor (api.rst 4.7).
+
+        EINVAL: id not below KVM_MAX_VCPU_IDS, or too many vCPUs; EEXIST: that id is taken.
+        The caller makes the vCPU reachable with :meth:`online_vcpu`, or undoes it with :meth:`drop_vcpu`.
+        """
+        if vcpu_id >= KVM_MAX_VCPU_IDS:
+            raise KvmError(errno.EINVAL)
+        with self.lock:
+            if self.created_vcpus >= self.max_vcpus:
+                raise KvmError(errno.EINVAL)
+            self.vendor.vcpu_precreate(self)
+            self.created_vcpus += 1
+        try:
+            if any(v.vcpu_id == vcpu_id for v in self.vcpus):
+                raise KvmError(errno.EEXIST)
+            return Vcpu(self, vcpu_id, len(self.vcpus))
+        except BaseException:
+            with self.lock:
+                self.created_vcpus -= 1
+            raise
+
+    def online_vcpu(self, vcpu: Vcpu) -> None:
+        """The vCPU is complete: others may find it."""
+        self.vcpus.append(vcpu)
+
+    def drop_vcpu(self, vcpu: Vcpu) -> None:
+        """Creation failed after :meth:`create_vcpu`."""
+        vcpu.close()
+        with self.lock:
+            self.created_vcpus -= 1
+
+    def kick_all(self) -> None:
+        """``kvm_make_all_cpus_request``: every vCPU leaves the guest and looks at its requests."""
+        for vcpu in self.vcpus:
+            vcpu.kick()
+
+    def suspend(self) -> None:
+        """All vCPUs leave the guest and wait (``kvm_suspend``)."""
+        self.arch.resumed.clear()
+        self.kick_all()
+
+    def resume(self) -> None:
+        """Clocks have been set right by the caller; vCPUs go on (``kvm_resume``)."""
+        self.arch.resumed.set()
+
+    def destroy(self) -> None:
+        """``kvm_destroy_vm``: nobody holds a descriptor any more."""
+        self.dead = True
+        self.arch.resumed.set()
+        self.kick_all()
+        for vcpu in self.vcpus:
+            vcpu.close()
+        self.memslots.close()
+        self.engine.close()
+
+
+class Vcpu:
+    """``struct kvm_vcpu``: ``mutex`` is held for every ioctl on it; ``run`` is the client's kvm_run area."""
+
+    def __init__(self, vm: Vm, vcpu_id: int, index: int) -> None:
+        self.vm, self.vcpu_id, self.index = vm, vcpu_id, index
+        self.inode = VCPU_INODE + index
+        self.mutex = threading.Lock()
+        self.run_fd = os.memfd_create(f"kvm-vcpu:{vcpu_id}", os.MFD_CLOEXEC)
+        os.ftruncate(self.run_fd, VCPU_MMAP_SIZE)
+        self.run_map = mmap.mmap(self.run_fd, VCPU_MMAP_SIZE)
+        self.run = memoryview(self.run_map)
+        self.cpu = vm.engine.create_cpu(index)
+        self.sigset: int | None = None          # KVM_SET_SIGNAL_MASK's mask
+        self.request: RequestLike | None = None  # the KVM_RUN being served
+        self.copy_run = False                   # no passthrough: kvm_run is copied at each KVM_RUN
+        self.arch = x86.VcpuArch()
+        x86.vcpu_create(self)
+
+    def kick(self) -> None:
+        """``kvm_vcpu_kick``: leave the guest soon; harmless when not in it."""
+        self.cpu.kick()
+
+    def close(self) -> None:
+        if self.run_fd >= 0:
+            self.run.release()
+            self.run_map.close()
+            os.close(self.run_fd)
+            self.run_fd = -1

@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Memory slots: KVM_SET_USER_MEMORY_REGION's checks in Linux's order, and guest physical memory.
+
+In Linux this is the memslot half of virt/kvm/kvm_main.c.  A slot's memory is mapped into this process at one
+contiguous address; where the client has mapped nothing there is nothing here either, and an access is the
+client's EFAULT, as it is with hardware.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+from kvmfs.abi.exits import KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY
+from kvmfs.errors import KvmError
+from kvmfs.kvm.host import Segment
+
+PAGE_SIZE = 4096
+PAGE_MASK = PAGE_SIZE - 1
+NR_MEMSLOTS = 32764            # KVM_USER_MEM_SLOTS: 32767 less three internal ones
+MAX_NR_PAGES = (1 << 31) - 1   # KVM_MEM_MAX_NR_PAGES
+TASK_SIZE_MAX = (1 << 47) - PAGE_SIZE
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_MAP_FAILED = ctypes.c_void_p(-1).value
+_MAP_FIXED, _MAP_NORESERVE = 0x10, 0x4000
+
+
+def _map(address: int | None, size: int, prot: int, flags: int, fd: int, offset: int) -> int:
+    result = _libc.mmap(address, size, prot, flags, fd, offset)
+    if result == _MAP_FAILED:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), "mmap of guest memory")
+    return int(result)
+
+
+class HostRange:
+    """The mapping of one slot's memory in this process; closed when the slot goes."""
+
+    def __init__(self, hva: int, size: int, segments: Sequence[Segment]) -> None:
+        self.size = size
+        self.pieces: list[tuple[int, int, bool]] = []      # offset in the slot, size, writable
+        none = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+        self.address = _map(None, size, 0, none, -1, 0)
+        try:
+            for segment in segments:
+                prot = mmap.PROT_READ | (mmap.PROT_WRITE if segment.writable else 0)
+                at = segment.hva - hva
+                _map(self.address + at, segment.size, prot, mmap.MAP_SHARED | _MAP_FIXED, segment.fd, segment.offset)
+                self.pieces.append((at, segment.size, segment.writable))
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        if self.address:
+            _libc.munmap(self.address, self.size)
+            self.address = 0
+
+
+class MemSlot:
+    """``struct kvm_memory_slot``: ``size`` bytes at guest physical ``gpa``, the client's ``hva``."""
+
+    __slots__ = ("flags", "gpa", "hva", "id", "memory", "size")
+
+    def __init__(self, id_: int, flags: int, gpa: int, size: int, hva: int) -> None:
+        self.id, self.flags, self.gpa, self.size, self.hva = id_, flags, gpa, size, hva
+        self.memory: HostRange | None = None        # set as long as the slot is in use
+
+    @property
+    def readonly(self) -> bool:
+        return bool(self.flags & KVM_MEM_READONLY)
+
+    @property
+    def end(self) -> int:
+        return self.gpa + self.size
+
+
+class Change(NamedTuple):
+    """What a KVM_SET_USER_MEMORY_REGION does: ``old`` goes, ``new`` comes; ``needs_memory``: from the client."""
+
+    old: MemSlot | None
+    new: MemSlot | None
+    needs_memory: bool
+
+
+class MemSlots:
+    """All slots of a VM.
+
+    ``mapped`` and ``unmapped`` are told about every piece of memory that appears at or goes from a guest
+    physical address, so that the CPU knows what is RAM.
+    """
+
+    def __init__(self, mapped: Callable[[int, int, int, bool], None], unmapped: Callable[[int, int], None],
+                 max_gpa: int) -> None:
+        self._slots: dict[int, MemSlot] = {}
+        self._starts: list[int] = []
+        self._sorted: list[MemSlot] = []
+        self._mapped, self._unmapped, self._max_gpa = mapped, unmapped, max_gpa
+
+    def __iter__(self) -> Iterator[MemSlot]:
+        return iter(self._sorted)
+
+    # ---- KVM_SET_USER_MEMORY_REGION ---------------------------------------------------------------
+
+    def prepare(self, slot: int, flags: int, gpa: int, size: int, hva: int) -> Change | None:
+        """All checks of ``__kvm_set_memory_region``; None when nothing changes.
+
+        Errors, in this order: EINVAL for flags, alignment, slot number, wrap-around, size, deleting what is
+        not there, resizing; EEXIST for an overlap; EINVAL beyond the physical address width.
+        """
+        self._check(slot, flags, gpa, size, hva)
+        old = self._slots.get(slot & 0xFFFF)
+        if not size:
+            if old is None:
+                raise KvmError(errno.EINVAL)
+            return Change(old, None, False)
+        if old is not None:
+            if hva != old.hva or size != old.size or (flags ^ old.flags) & KVM_MEM_READONLY:
+                raise KvmError(errno.EINVAL)
+            if gpa == old.gpa and flags == old.flags:
+                return None
+        moved = old is None or gpa != old.gpa
+        if moved and any(s is not old and gpa < s.end and s.gpa < gpa + size for s in self._sorted):
+            raise KvmError(errno.EEXIST)
+        if moved and gpa + size > self._max_gpa:
+            raise KvmError(errno.EINVAL)
+        return Change(old, MemSlot(slot & 0xFFFF, flags, gpa, size, hva), old is None)
+
+    def apply(self, change: Change, memory: HostRange | None) -> None:
+        """Carry out a prepared change while no vCPU runs; ``memory`` is the new slot's, if it is new."""
+        old, new = change.old, change.new
+        if new is None:
+            assert old is not None and old.memory is not None
+            self._remove(old)
+            old.memory.close()
+        elif old is None:
+            new.memory = memory
+            self._insert(new)
+        elif new.gpa == old.gpa:
+            old.flags = new.flags
+        else:
+            new.memory = old.memory
+            self._remove(old)
+            self._insert(new)
+
+    @staticmethod
+    def _check(slot: int, flags: int, gpa: int, size: int, hva: int) -> None:
+        bad = (flags & ~(KVM_MEM_LOG_DIRTY_PAGES | KVM_MEM_READONLY)
+               or size & PAGE_MASK
+               or gpa & PAGE_MASK
+               or hva & PAGE_MASK or hva + size > TASK_SIZE_MAX
+               or slot >> 16 or slot & 0xFFFF >= NR_MEMSLOTS
+               or gpa + size >= 1 << 64
+               or size // PAGE_SIZE > MAX_NR_PAGES)
+        if bad:
+            raise KvmError(errno.EINVAL)
+
+    def _insert(self, slot: MemSlot) -> None:
+        assert slot.memory is not None
+        base = slot.memory.address
+        for at, size, writable in slot.memory.pieces:
+            self._mapped(slot.gpa + at, size, base + at, slot.readonly or not writable)
+        self._slots[slot.id] = slot
+        self._resort()
+
+    def _remove(self, slot: MemSlot) -> None:
+        assert slot.memory is not None
+        for at, size, _ in slot.memory.pieces:
+            self._unmapped(slot.gpa + at, size)
+        del self._slots[slot.id]
+        self._resort()
+
+    def _resort(self) -> None:
+        self._sorted = sorted(self._slots.values(), key=lambda s: s.gpa)
+        self._starts = [s.gpa for s in self._sorted]
+
+    def close(self) -> None:
+        """Give all memory back."""
+        for slot in list(self._sorted):
+            self._remove(slot)
+            if slot.memory is not None:
+                slot.memory.close()
+
+    # ---- access by guest physical address -----------------------------------------------------------
+
+    def find(self, gpa: int) -> MemSlot | None:
+        """The slot that covers ``gpa`` (``gfn_to_memslot``)."""
+        i = bisect_right(self._starts, gpa) - 1
+        if i < 0:
+            return None
+        slot = self._sorted[i]
+        return slot if gpa < slot.end else None
+
+    def _runs(self, gpa: int, size: int, write: bool) -> Iterator[tuple[int, int]]:
+        while size:
+            slot = self.find(gpa)
+            if slot is None or slot.memory is None or (write and slot.readonly):
+                raise KvmError(errno.EFAULT)
+            offset = gpa - slot.gpa
+            for at, length, writable in slot.memory.pieces:
+                if at <= offset < at + length and (writable or not write):
+                    take = min(size, at + length - offset)
+                    yield slot.memory.address + offset, take
+                    gpa += take
+                    size -= take
+                    break
+            else:
+                raise KvmError(errno.EFAULT)
+
+    def read(self, gpa: int, size: int) -> bytes:
+        """``kvm_read_guest``: EFAULT where there is no memory."""
+        return b"".join(ctypes.string_at(at, n) for at, n in self._runs(gpa, size, False))
+
+    def write(self, gpa: int, data: bytes) -> None:
+        """``kvm_write_guest``: EFAULT where there is no writable memory."""
+        done = 0
+        for at, n in self._runs(gpa, len(data), True):
+            ctypes.memmove(at, data[done:done + n], n)
+            done += n

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Page tables as software walks them, and what is legal in CR3 (Linux: arch/x86/kvm/mmu, x86.c).
+
+The guest's own accesses are translated by the CPU.  This walker serves KVM's: fetching an instruction that is
+emulated, KVM_TRANSLATE, PDPTRs.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from kvmfs.abi import x86 as X
+from kvmfs.errors import KvmError
+
+if TYPE_CHECKING:
+    from kvmfs.kvm.kvm_main import Vcpu
+
+PT_PRESENT, PT_PSE = 1, 1 << 7
+_M64 = (1 << 64) - 1
+_ADDRESS_64 = 0x000F_FFFF_FFFF_F000
+
+
+def is_legal_cr3(vcpu: Vcpu, cr3: int) -> bool:
+    """``kvm_vcpu_is_legal_cr3``: no bit beyond the physical address width."""
+    return not cr3 >> vcpu.arch.cpuid.maxphyaddr
+
+
+def load_pdptrs(vcpu: Vcpu, cr3: int) -> bool:
+    """``load_pdptrs``: can PAE paging use the four entries at CR3?"""
+    try:
+        table = vcpu.vm.memslots.read(cr3 & 0xFFFFFFE0, 32)
+    except KvmError:
+        return False
+    reserved = 0x1E6 | (_M64 << vcpu.arch.cpuid.maxphyaddr) & _M64
+    entries = (int.from_bytes(table[i:i + 8], "little") for i in range(0, 32, 8))
+    return not any(entry & PT_PRESENT and entry & reserved for entry in entries)
+
+
+def gva_to_gpa(vcpu: Vcpu, gva: int) -> int | None:
+    """Translate a linear address by the vCPU's mode; None where no translation exists."""
+    cpu = vcpu.cpu
+    if not cpu.cr0 & X.CR0_PG:
+        return gva & 0xFFFFFFFF
+    if cpu.efer & X.EFER_LMA:
+        top = gva >> 47
+        if top not in (0, 0x1FFFF):
+            return None
+        return _walk(vcpu, cpu.cr3 & _ADDRESS_64, gva, (39, 30, 21, 12), 8, 9)
+    if cpu.cr4 & X.CR4_PAE:
+        return _walk(vcpu, cpu.cr3 & 0xFFFFFFE0, gva & 0xFFFFFFFF, (30, 21, 12), 8, 9)
+    return _walk(vcpu, cpu.cr3 & 0xFFFFF000, gva & 0xFFFFFFFF, (22, 12), 4, 10)
+
+
+def _walk(vcpu: Vcpu, table: int, gva: int, shifts: tuple[int, ...], size: int, bits: int) -> int | None:
+    pse = size == 8 or vcpu.cpu.cr4 & X.CR4_PSE
+    for shift in shifts:
+        index = gva >> shift & ((1 << bits) - 1)
+        try:
+            entry = int.from_bytes(vcpu.vm.memslots.read(table + index * size, size), "little")
+        except KvmError:
+            return None
+        if not entry & PT_PRESENT:
+            return None
+        large = shift in ((30, 21) if size == 8 else (22,)) and entry & PT_PSE and pse
+        if size == 8 and len(shifts) == 3 and shift == 30:
+            large = False       # a PDPTR of PAE paging has no size bit
+        if large or shift == 12:
+            mask = (1 << shift) - 1
+            if size == 4 and shift == 22:      # PSE-36: bits 13-20 are address bits 32-39
+                base = entry & 0xFFC00000 | (entry >> 13 & 0xFF) << 32
+            else:
+                base = entry & (_ADDRESS_64 if size == 8 else 0xFFFFF000) & ~mask
+            return base | (gva & mask)
+        table = entry & (_ADDRESS_64 if size == 8 else 0xFFFFF000)
+    return None
+
+
+def read_virtual(vcpu: Vcpu, gva: int, size: int) -> bytes:
+    """Up to ``size`` bytes at a linear address; fewer where a page is missing."""
+    data = b""
+    while len(data) < size:
+        at = gva + len(data)
+        gpa = gva_to_gpa(vcpu, at)
+        take = min(size - len(data), 0x1000 - (at & 0xFFF))
+        if gpa is None:
+            break
+        try:
+            data += vcpu.vm.memslots.read(gpa, take)
+        except KvmError:
+            break
+    return data
+
+
+def write_virtual(vcpu: Vcpu, gva: int, data: bytes) -> bool:
+    """Write to a linear address with the rights of the machine; False where there is no writable memory."""
+    done = 0
+    while done < len(data):
+        gpa = gva_to_gpa(vcpu, gva + done)
+        take = min(len(data) - done, 0x1000 - (gva + done & 0xFFF))
+        if gpa is None:
+            return False
+        try:
+            vcpu.vm.memslots.write(gpa, data[done:done + take])
+        except KvmError:
+            return False
+        vcpu.vm.engine.invalidate(gpa, take)
+        done += take
+    return True

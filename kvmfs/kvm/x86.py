@@ -1,0 +1,396 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""KVM_RUN: from the client's ioctl to the guest and back (Linux: arch/x86/kvm/x86.c).
+
+Functions that handle an exit return 1 to go on with the guest, 0 to return to the client with kvm_run filled
+in, or -errno.
+"""
+
+from __future__ import annotations
+
+import errno
+import struct
+import threading
+from typing import TYPE_CHECKING
+
+from kvmfs.abi import exits as kx
+from kvmfs.cpu.cpu import (
+    EXIT_FETCH,
+    EXIT_IO_IN,
+    EXIT_IO_OUT,
+    EXIT_MMIO_READ,
+    EXIT_MMIO_WRITE,
+    EXIT_NONE,
+    EXIT_SVM,
+)
+from kvmfs.kvm import events
+from kvmfs.kvm.cpuid import CpuidTable
+from kvmfs.kvm.emulate import prepare_emulation_failure
+from kvmfs.kvm.msrs import MsrFile
+from kvmfs.kvm.regs import linear_rip
+from kvmfs.kvm.slices import EngineShare
+from kvmfs.vendor.handle_exit import EXIT_HANDLERS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from kvmfs.kvm.host import RequestLike
+    from kvmfs.kvm.kvm_main import Vcpu
+
+MP_STATE_RUNNABLE = 0
+APIC_BASE_RESET = 0xFEE00000 | 1 << 11
+SIGSET_POLL = 0.002             # seconds between looks at a client's blocked signals
+
+# Offsets in struct kvm_run.
+_REQUEST_WINDOW, _IMMEDIATE_EXIT, _EXIT_REASON, _READY = 0, 1, 8, 12
+_UNION, _VALID_REGS, PIO_DATA = 32, 288, 4096
+_set_reason = struct.Struct("<I").pack_into
+_set_saved = struct.Struct("<BBHQQ").pack_into          # from _READY: ready, if_flag, flags, cr8, apic_base
+_get_cr8 = struct.Struct("<Q").unpack_from
+_get_sync = struct.Struct("<QQ").unpack_from
+_set_io = struct.Struct("<BBHIQ").pack_into             # direction, size, port, count, data_offset
+_set_mmio = struct.Struct("<Q8sIB").pack_into           # phys_addr, data, len, is_write
+_set_fail = struct.Struct("<QI").pack_into              # hardware_entry_failure_reason, cpu
+
+
+class VmArch:
+    """``struct kvm_arch``, as far as it exists."""
+
+    def __init__(self) -> None:
+        self.share = EngineShare()
+        self.resumed = threading.Event()
+        self.resumed.set()
+        self.exception_payload_enabled = False
+        self.triple_fault_event = False
+        self.bsp_vcpu_id = 0
+
+
+class VcpuArch:
+    """``struct kvm_vcpu_arch``: what is not in the CPU's registers."""
+
+    def __init__(self) -> None:
+        self.mp_state = MP_STATE_RUNNABLE
+        self.exception = events.QueuedException()
+        self.interrupt = events.QueuedInterrupt()
+        self.nmi_injected = False
+        self.nmi_pending = self.nmi_queued = 0
+        self.triple_fault = False
+        self.given = False                  # an event was given to the CPU for the entry under way
+        self.event_request = True           # KVM_REQ_EVENT
+        self.entry_check = True             # a client changed state: is it one that can be entered?
+        self.cpuid_changed = True
+        self.apic_base = APIC_BASE_RESET
+        self.complete_userspace_io: Callable[[Vcpu], int] | None = None
+        self.pio_linear_rip = 0
+        self.ran = False                    # has been in the guest: CPUID is fixed
+        self.last_vmentry_cpu = 0xFFFFFFFF
+        self.cpuid: CpuidTable = CpuidTable()
+        self.msrs: MsrFile
+
+
+# ---- creation and reset ----------------------------------------------------------------------------------
+
+def vcpu_create(vcpu: Vcpu) -> None:
+    """``kvm_arch_vcpu_create``."""
+    vendor, arch = vcpu.vm.vendor, vcpu.arch
+    if vcpu.vcpu_id == vcpu.vm.arch.bsp_vcpu_id:
+        arch.apic_base |= 1 << 8
+    arch.msrs = vendor.create_msrs(vcpu)
+    vendor.vcpu_create(vcpu)
+    vcpu_reset(vcpu, init_event=False)
+
+
+def vcpu_reset(vcpu: Vcpu, *, init_event: bool) -> None:
+    """``kvm_vcpu_reset``: the registers after RESET, or after INIT."""
+    cpu, arch = vcpu.cpu, vcpu.arch
+    old_cr0 = cpu.cr0
+    arch.nmi_queued = arch.nmi_pending = 0
+    arch.nmi_injected = arch.interrupt.injected = arch.given = False
+    arch.exception.clear()
+    arch.event_request = arch.entry_check = True
+    cpu.cancel_injection()
+    cpu.interrupt_shadow = 0
+    cpu.nmi_masked = False
+    for i in range(4):
+        cpu.dr[i] = 0
+    cpu.dr[6], cpu.dr[7] = 0xFFFF0FF0, 0x400
+    cpu.cr2 = 0
+    entry = arch.cpuid.find(1, 0)
+    cpu.set_gprs((0, 0, entry.eax if entry is not None else 0x600) + (0,) * 13)
+    vcpu.vm.vendor.vcpu_reset(vcpu, init_event)
+    cpu.rflags, cpu.rip = 2, 0xFFF0
+    cpu.cr3 = cpu.cr4 = cpu.efer = 0
+    cpu.cr0 = 0x10 | (old_cr0 & 0x60000000 if init_event else 0x60000000)
+    if not init_event:
+        cpu.xcr0 = 1
+        cpu.fxrstor(_FPU_RESET)
+        cpu.cr8 = 0
+    cpu.commit_state()
+
+
+_FPU_RESET = struct.pack("<HHBBHQQII", 0x37F, 0, 0, 0, 0, 0, 0, 0x1F80, 0xFFFF).ljust(512, b"\0")
+
+
+# ---- KVM_RUN ---------------------------------------------------------------------------------------------
+
+def vcpu_load(vcpu: Vcpu) -> None:
+    """``vcpu_load``: take the engine for this vCPU; nobody else runs or changes its state until put."""
+    vcpu.vm.arch.share.acquire(vcpu)
+    vcpu.vm.vendor.vcpu_load(vcpu)
+
+
+def vcpu_put(vcpu: Vcpu) -> None:
+    """``vcpu_put``."""
+    vcpu.vm.vendor.vcpu_put(vcpu)
+    vcpu.vm.arch.share.release()
+
+
+def ioctl_run(vcpu: Vcpu, req: RequestLike) -> int:
+    """``kvm_arch_vcpu_ioctl_run`` (api.rst 4.10): 0, or -EINTR, -EINVAL, -EFAULT, -EAGAIN."""
+    run, host = vcpu.run, vcpu.vm.host
+    host.may_block()
+    if vcpu.copy_run:
+        host.kvm_run_copy_in(vcpu.inode, run)
+    vcpu.request = req
+    run[14:16] = b"\0\0"                        # kvm_run.flags
+    vcpu_load(vcpu)
+    try:
+        return _run(vcpu, req)
+    finally:
+        _post_run_save(vcpu)
+        vcpu_put(vcpu)
+        vcpu.request = None
+        if vcpu.copy_run:
+            host.kvm_run_copy_out(vcpu.inode, run)
+
+
+def _run(vcpu: Vcpu, req: RequestLike) -> int:
+    run, arch = vcpu.run, vcpu.arch
+    wants_to_run = not run[_IMMEDIATE_EXIT]
+    valid, dirty = _get_sync(run, _VALID_REGS)
+    if valid or dirty:                          # KVM_CAP_SYNC_REGS is not there yet
+        return -errno.EINVAL
+    cr8, = _get_cr8(run, 16)
+    if cr8 != vcpu.cpu.cr8:
+        if cr8 & ~0xF:
+            return -errno.EINVAL
+        vcpu.cpu.cr8 = cr8
+    complete = arch.complete_userspace_io
+    if complete is not None:
+        arch.complete_userspace_io = None
+        result = complete(vcpu)
+        if result <= 0:
+            return result
+    if not wants_to_run:
+        return -errno.EINTR
+    arch.ran = True
+    if vcpu.sigset is None:
+        return _vcpu_run(vcpu, req)
+    with _SigsetWatch(vcpu, req):
+        return _vcpu_run(vcpu, req)
+
+
+def _vcpu_run(vcpu: Vcpu, req: RequestLike) -> int:
+    run, arch, vm_arch = vcpu.run, vcpu.arch, vcpu.vm.arch
+    share, resumed = vm_arch.share, vm_arch.resumed
+    _set_reason(run, _EXIT_REASON, kx.KVM_EXIT_UNKNOWN)
+    while True:
+        if req.interrupted and signal_pending(vcpu, req):
+            _set_reason(run, _EXIT_REASON, kx.KVM_EXIT_INTR)
+            return -errno.EINTR
+        result = _enter_guest(vcpu, run, arch)
+        if result <= 0:
+            return result
+        if run[_REQUEST_WINDOW] and events.ready_for_interrupt_injection(vcpu):
+            _set_reason(run, _EXIT_REASON, kx.KVM_EXIT_IRQ_WINDOW_OPEN)
+            return 0
+        if vcpu.vm.dead:
+            return -errno.EIO
+        if not resumed.is_set():
+            _wait_for_resume(vcpu, req)
+        elif share.contended:
+            vcpu.vm.vendor.vcpu_put(vcpu)
+            share.give_way(vcpu)
+            vcpu.vm.vendor.vcpu_load(vcpu)
+
+
+def _enter_guest(vcpu: Vcpu, run: memoryview, arch: VcpuArch) -> int:
+    """``vcpu_enter_guest``."""
+    cpu = vcpu.cpu
+    if arch.triple_fault:
+        arch.triple_fault = False
+        _set_reason(run, _EXIT_REASON, kx.KVM_EXIT_SHUTDOWN)
+        return 0
+    if arch.event_request:
+        events.check_and_inject_events(vcpu)
+    if arch.entry_check:
+        reason = vcpu.vm.vendor.entry_failure(vcpu)
+        if reason:
+            cpu.cancel_injection()
+            _set_reason(run, _EXIT_REASON, kx.KVM_EXIT_FAIL_ENTRY)
+            _set_fail(run, _UNION, reason, 0)
+            return 0
+        arch.entry_check = False
+    if run[_REQUEST_WINDOW]:
+        cpu.set_interrupt_window(True)
+    kind = cpu.run()
+    if arch.given:
+        events.complete_events(vcpu)
+    return _HANDLERS[kind](vcpu)
+
+
+def _post_run_save(vcpu: Vcpu) -> None:
+    """``post_kvm_run_save``."""
+    cpu = vcpu.cpu
+    _set_saved(vcpu.run, _READY, events.ready_for_interrupt_injection(vcpu), cpu.rflags >> 9 & 1, 0, cpu.cr8,
+               vcpu.arch.apic_base)
+
+
+def _wait_for_resume(vcpu: Vcpu, req: RequestLike) -> None:
+    vcpu_put(vcpu)
+    while not vcpu.vm.arch.resumed.wait(0.05) and not req.interrupted:
+        pass
+    vcpu_load(vcpu)
+
+
+# ---- signals ---------------------------------------------------------------------------------------------
+
+def signal_pending(vcpu: Vcpu, req: RequestLike) -> bool:
+    """Has the client's thread a signal that its KVM_SET_SIGNAL_MASK lets through?"""
+    if vcpu.sigset is None:
+        return True
+    return vcpu.vm.host.signals_pending(req.tid, vcpu.sigset)
+
+
+class _SigsetWatch:
+    """While a mask of KVM_SET_SIGNAL_MASK is in force.
+
+    FUSE tells of signals that the thread does not block, and only once for each request.  Which of the blocked
+    ones the mask lets through can only be looked up, so this looks.
+    """
+
+    def __init__(self, vcpu: Vcpu, req: RequestLike) -> None:
+        self._vcpu, self._req, self._done = vcpu, req, threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="sigset", daemon=True)
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while True:
+            if signal_pending(self._vcpu, self._req):
+                self._req.interrupted = True
+                self._vcpu.kick()
+            if self._done.wait(SIGSET_POLL):
+                return
+
+
+# ---- exits -----------------------------------------------------------------------------------------------
+
+def _exit_none(vcpu: Vcpu) -> int:
+    return 1
+
+
+def _exit_svm(vcpu: Vcpu) -> int:
+    handler = EXIT_HANDLERS.get(vcpu.cpu.exit.code)
+    if handler is not None:
+        return handler(vcpu)
+    run = vcpu.run
+    _set_reason(run, _EXIT_REASON, kx.KVM_EXIT_INTERNAL_ERROR)
+    struct.pack_into("<IIQQ", run, _UNION, kx.KVM_INTERNAL_ERROR_UNEXPECTED_EXIT_REASON, 2,
+                     vcpu.cpu.exit.code, 0)
+    return 0
+
+
+def _exit_io_in(vcpu: Vcpu) -> int:
+    e, run, arch = vcpu.cpu.exit, vcpu.run, vcpu.arch
+    _set_reason(run, _EXIT_REASON, kx.KVM_EXIT_IO)
+    _set_io(run, _UNION, kx.KVM_EXIT_IO_IN, e.size, e.port, e.count, PIO_DATA)
+    arch.pio_linear_rip = linear_rip(vcpu)
+    arch.complete_userspace_io = _complete_io_in
+    return 0
+
+
+def _complete_io_in(vcpu: Vcpu) -> int:
+    cpu = vcpu.cpu
+    e = cpu.exit
+    if linear_rip(vcpu) != vcpu.arch.pio_linear_rip:
+        cpu.forget_io()                         # the client has moved the guest elsewhere
+        return 1
+    return _further(vcpu, cpu.complete_io_in(vcpu.run[PIO_DATA:PIO_DATA + e.size * e.count]))
+
+
+def _exit_io_out(vcpu: Vcpu) -> int:
+    cpu, run, arch = vcpu.cpu, vcpu.run, vcpu.arch
+    e = cpu.exit
+    data = cpu.io_out_data()
+    run[PIO_DATA:PIO_DATA + len(data)] = data
+    _set_reason(run, _EXIT_REASON, kx.KVM_EXIT_IO)
+    _set_io(run, _UNION, kx.KVM_EXIT_IO_OUT, e.size, e.port, e.count, PIO_DATA)
+    arch.pio_linear_rip = linear_rip(vcpu)
+    arch.complete_userspace_io = _complete_io_out
+    return 0
+
+
+def _complete_io_out(vcpu: Vcpu) -> int:
+    if linear_rip(vcpu) != vcpu.arch.pio_linear_rip:
+        vcpu.cpu.forget_io()
+        return 1
+    vcpu.cpu.complete_io_out()
+    return 1
+
+
+def _exit_mmio_read(vcpu: Vcpu) -> int:
+    e, run, arch = vcpu.cpu.exit, vcpu.run, vcpu.arch
+    if vcpu.vm.memslots.find(e.gpa) is not None:
+        vcpu.cpu.forget_io()
+        return -errno.EFAULT                    # a slot whose memory the client has not mapped
+    _set_reason(run, _EXIT_REASON, kx.KVM_EXIT_MMIO)
+    _set_mmio(run, _UNION, e.gpa, bytes(8), e.size, 0)
+    arch.complete_userspace_io = _complete_mmio_read
+    return 0
+
+
+def _complete_mmio_read(vcpu: Vcpu) -> int:
+    cpu = vcpu.cpu
+    return _further(vcpu, cpu.complete_mmio_read(bytes(vcpu.run[40:40 + cpu.exit.size])))
+
+
+def _exit_mmio_write(vcpu: Vcpu) -> int:
+    cpu, run, arch = vcpu.cpu, vcpu.run, vcpu.arch
+    e = cpu.exit
+    slot = vcpu.vm.memslots.find(e.gpa)
+    if slot is not None and not slot.readonly:
+        return -errno.EFAULT
+    _set_reason(run, _EXIT_REASON, kx.KVM_EXIT_MMIO)
+    _set_mmio(run, _UNION, e.gpa, cpu.mmio_write_data(), e.size, 1)
+    if cpu.pending_fragments:
+        arch.complete_userspace_io = _next_fragment
+    return 0
+
+
+def _next_fragment(vcpu: Vcpu) -> int:
+    return _HANDLERS[vcpu.cpu.run()](vcpu)
+
+
+def _further(vcpu: Vcpu, kind: int) -> int:
+    """A completed access may be followed by another one of the same instruction."""
+    return _HANDLERS[kind](vcpu) if kind else 1
+
+
+def _exit_fetch(vcpu: Vcpu) -> int:
+    return prepare_emulation_failure(vcpu)
+
+
+_HANDLERS: dict[int, Callable[[Vcpu], int]] = {
+    EXIT_NONE: _exit_none,
+    EXIT_SVM: _exit_svm,
+    EXIT_IO_IN: _exit_io_in,
+    EXIT_IO_OUT: _exit_io_out,
+    EXIT_MMIO_READ: _exit_mmio_read,
+    EXIT_MMIO_WRITE: _exit_mmio_write,
+    EXIT_FETCH: _exit_fetch,
+}

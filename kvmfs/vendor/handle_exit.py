@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Exits of the engine that the machine handles itself, by SVM exit code (APM vol. 2, appendix C).
+
+Both vendors' guests run on the same engine and so leave it in the same way; where they must differ, a handler
+asks the vendor.  Each returns 1 to go on, 0 to return to the client.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from kvmfs.abi import exits as kx
+from kvmfs.abi.x86 import CR4_OSXSAVE
+from kvmfs.kvm import events, mmu, regs
+from kvmfs.kvm.emulate import (
+    complete_insn_gp,
+    decode,
+    fetch,
+    prepare_emulation_failure,
+    read_operand16,
+    skip_emulated_instruction,
+)
+
+if TYPE_CHECKING:
+    from kvmfs.kvm.kvm_main import Vcpu
+
+M32 = (1 << 32) - 1
+RAX, RCX, RDX, RBX, RSI = 0, 1, 2, 3, 6
+
+EXIT_READ_CR0, EXIT_WRITE_CR0, EXIT_WRITE_CR4, EXIT_WRITE_CR8 = 0x00, 0x10, 0x14, 0x18
+EXIT_EXCP_UD = 0x46
+EXIT_VINTR, EXIT_RDPMC, EXIT_CPUID, EXIT_INVD, EXIT_HLT = 0x64, 0x6F, 0x72, 0x76, 0x78
+EXIT_INVLPGA, EXIT_MSR, EXIT_SHUTDOWN = 0x7A, 0x7C, 0x7F
+EXIT_VMRUN, EXIT_VMMCALL, EXIT_SKINIT = 0x80, 0x81, 0x86
+EXIT_WBINVD, EXIT_MONITOR, EXIT_MWAIT, EXIT_MWAIT_COND, EXIT_XSETBV = 0x89, 0x8A, 0x8B, 0x8C, 0x8D
+
+KVM_ENOSYS, KVM_EPERM = 1000, 1
+HYPERCALLS = (b"\x0f\x01\xd9", b"\x0f\x01\xc1")        # VMMCALL, VMCALL
+
+_set_reason = struct.Struct("<I").pack_into
+
+
+def _window(vcpu: Vcpu) -> int:
+    vcpu.cpu.set_interrupt_window(False)
+    vcpu.arch.event_request = True
+    return 1
+
+
+def _hlt(vcpu: Vcpu) -> int:
+    skip_emulated_instruction(vcpu, 1)
+    _set_reason(vcpu.run, 8, kx.KVM_EXIT_HLT)
+    return 0
+
+
+def _cpuid(vcpu: Vcpu) -> int:
+    cpu = vcpu.cpu
+    values = vcpu.arch.cpuid.cpuid(cpu.gpr(RAX) & M32, cpu.gpr(RCX) & M32)
+    for index, value in zip((RAX, RBX, RCX, RDX), values, strict=True):
+        cpu.set_gpr(index, value)
+    return skip_emulated_instruction(vcpu, 2)
+
+
+def _msr(vcpu: Vcpu) -> int:
+    cpu, index = vcpu.cpu, vcpu.cpu.gpr(RCX) & M32
+    if cpu.exit.info1:
+        value = (cpu.gpr(RAX) & M32) | (cpu.gpr(RDX) & M32) << 32
+        return complete_insn_gp(vcpu, vcpu.arch.msrs.set(index, value, host_initiated=False), 2)
+    read = vcpu.arch.msrs.get(index, host_initiated=False)
+    if read is None:
+        events.inject_gp(vcpu)
+        return 1
+    cpu.set_gpr(RAX, read & M32)
+    cpu.set_gpr(RDX, read >> 32)
+    return skip_emulated_instruction(vcpu, 2)
+
+
+def _rdpmc(vcpu: Vcpu) -> int:
+    events.inject_gp(vcpu)          # there is no PMU, so no counter has this number
+    return 1
+
+
+def _undefined(vcpu: Vcpu) -> int:
+    events.inject_ud(vcpu)          # nested virtualization is absent
+    return 1
+
+
+def _shutdown(vcpu: Vcpu) -> int:
+    vcpu.vm.vendor.shutdown(vcpu)
+    _set_reason(vcpu.run, 8, kx.KVM_EXIT_SHUTDOWN)
+    return 0
+
+
+def _skip(length: int) -> Callable[[Vcpu], int]:
+    def handler(vcpu: Vcpu) -> int:
+        return skip_emulated_instruction(vcpu, length)
+    return handler
+
+
+def _xsetbv(vcpu: Vcpu) -> int:
+    cpu = vcpu.cpu
+    if not cpu.cr4 & CR4_OSXSAVE:
+        return _undefined(vcpu)
+    value = (cpu.gpr(RAX) & M32) | (cpu.gpr(RDX) & M32) << 32
+    ok = (vcpu.vm.vendor.get_cpl(vcpu) == 0 and cpu.gpr(RCX) & M32 == 0 and bool(value & 1)
+          and not value & ~(vcpu.arch.cpuid.supported_xcr0 | 1))
+    if ok:
+        cpu.xcr0 = value
+        cpu.commit_state()
+        vcpu.arch.cpuid_changed = True
+    return complete_insn_gp(vcpu, ok, 3)
+
+
+def _write_cr(vcpu: Vcpu) -> int:
+    """MOV to CR0, CR4 or CR8, CLTS, LMSW: the engine does not check what hardware checks."""
+    cpu = vcpu.cpu
+    code = fetch(vcpu)
+    op = decode(vcpu, code)
+    if op.opcode == b"\x0f\x06":                                        # CLTS
+        ok, length = regs.set_cr0(vcpu, cpu.cr0 & ~8), op.prefix_length + 2
+    elif op.opcode == b"\x0f\x22":
+        cr = op.modrm >> 3 & 7 | (op.rex & 4) << 1
+        value = cpu.gpr(op.modrm & 7 | (op.rex & 1) << 3)
+        if not regs.is_64_bit_mode(vcpu):
+            value &= M32
+        if cr in (8, 0) and 0xF0 in code[:op.prefix_length]:
+            cr = 8                                                      # LOCK MOV CR0: AMD's CR8 in 32-bit code
+        ok, length = _SET_CR[cr](vcpu, value), op.prefix_length + 3
+        if ok and cr == 8:
+            return _wrote_cr8(vcpu, length)
+    else:
+        return _lmsw(vcpu, code)
+    return complete_insn_gp(vcpu, ok, length)
+
+
+def _wrote_cr8(vcpu: Vcpu, length: int) -> int:
+    """A client that emulates the APIC wants to know when the task priority sinks (KVM_EXIT_SET_TPR)."""
+    skip_emulated_instruction(vcpu, length)
+    lowered = vcpu.arch.cr8_before > vcpu.cpu.cr8
+    vcpu.arch.cr8_before = vcpu.cpu.cr8
+    if not lowered:
+        return 1
+    _set_reason(vcpu.run, 8, kx.KVM_EXIT_SET_TPR)
+    return 0
+
+
+_SET_CR: dict[int, Callable[[Vcpu, int], bool]] = {
+    0: regs.set_cr0, 3: regs.set_cr3, 4: regs.set_cr4, 8: regs.set_cr8,
+}
+
+
+def _lmsw(vcpu: Vcpu, code: bytes) -> int:
+    """``kvm_lmsw``: LMSW sets MP, EM and TS, and can set PE but not clear it."""
+    operand = read_operand16(vcpu, code)
+    if operand is None:
+        return prepare_emulation_failure(vcpu)
+    msw, length = operand
+    cr0 = vcpu.cpu.cr0
+    return complete_insn_gp(vcpu, regs.set_cr0(vcpu, cr0 & ~0xE | msw & 0xF), length)
+
+
+def _undefined_opcode(vcpu: Vcpu) -> int:
+    """#UD: a guest may use the other vendor's hypercall instruction; all else is the guest's own."""
+    if fetch(vcpu)[:3] in HYPERCALLS:
+        return hypercall(vcpu)
+    events.inject_ud(vcpu)
+    return 1
+
+
+def hypercall(vcpu: Vcpu) -> int:
+    """``kvm_emulate_hypercall``; the other vendor's instruction is patched first (KVM_X86_QUIRK_FIX_HYPERCALL_INSN)."""
+    cpu, own = vcpu.cpu, vcpu.vm.vendor.hypercall_bytes
+    if fetch(vcpu)[:3] != own:
+        mmu.write_virtual(vcpu, regs.linear_rip(vcpu), own)
+    wide = regs.is_64_bit_mode(vcpu)
+    number = cpu.gpr(RAX) if wide else cpu.gpr(RAX) & M32
+    if vcpu.vm.vendor.get_cpl(vcpu) != 0:
+        result = -KVM_EPERM
+    elif number == 1:                   # KVM_HC_VAPIC_POLL_IRQ
+        result = 0
+    else:
+        result = -KVM_ENOSYS
+    cpu.set_gpr(RAX, result & ((1 << 64) - 1) if wide else result & M32)
+    return skip_emulated_instruction(vcpu, 3)
+
+
+EXIT_HANDLERS: dict[int, Callable[[Vcpu], int]] = {
+    EXIT_WRITE_CR0: _write_cr,
+    EXIT_WRITE_CR4: _write_cr,
+    EXIT_WRITE_CR8: _write_cr,
+    EXIT_EXCP_UD: _undefined_opcode,
+    EXIT_VINTR: _window,
+    EXIT_RDPMC: _rdpmc,
+    EXIT_CPUID: _cpuid,
+    EXIT_INVD: _skip(2),
+    EXIT_HLT: _hlt,
+    EXIT_INVLPGA: _undefined,
+    EXIT_MSR: _msr,
+    EXIT_SHUTDOWN: _shutdown,
+    EXIT_VMMCALL: hypercall,
+    EXIT_WBINVD: _skip(2),
+    EXIT_MONITOR: _skip(3),             # KVM_X86_QUIRK_MWAIT_NEVER_UD_FAULTS
+    EXIT_MWAIT: _skip(3),
+    EXIT_MWAIT_COND: _skip(3),
+    EXIT_XSETBV: _xsetbv,
+    **dict.fromkeys(range(EXIT_VMRUN, EXIT_SKINIT + 1), _undefined),
+}
+EXIT_HANDLERS[EXIT_VMMCALL] = hypercall

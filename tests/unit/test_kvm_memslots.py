@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Memory slots: the order of checks, and what the CPU is told."""
+
+import errno
+import os
+from dataclasses import dataclass
+
+import pytest
+
+from kvmfs.errors import KvmError
+from kvmfs.kvm.memslots import HostRange, MemSlots
+
+HVA = 0x7F00_0000_0000
+DIRTY, READONLY = 1, 2
+
+
+@dataclass
+class Piece:
+    hva: int
+    size: int
+    fd: int
+    offset: int
+    writable: bool = True
+
+
+@pytest.fixture
+def memfd():
+    fd = os.memfd_create("test")
+    os.ftruncate(fd, 1 << 20)
+    yield fd
+    os.close(fd)
+
+
+class Slots(MemSlots):
+    def __init__(self, fd):
+        self.log = []
+        self.fd = fd
+        super().__init__(lambda *a: self.log.append(("map", *a)), lambda *a: self.log.append(("unmap", *a)), 1 << 40)
+
+    def region(self, slot, flags, gpa, size, hva, pieces=None):
+        change = self.prepare(slot, flags, gpa, size, hva)
+        if change is None:
+            return
+        memory = None
+        if change.needs_memory:
+            memory = HostRange(hva, size, [Piece(hva, size, self.fd, 0)] if pieces is None else pieces)
+        self.apply(change, memory)
+
+
+@pytest.fixture
+def slots(memfd):
+    s = Slots(memfd)
+    yield s
+    s.close()
+
+
+def fails(code, call, *args):
+    with pytest.raises(KvmError) as e:
+        call(*args)
+    assert e.value.errno == code
+
+
+@pytest.mark.parametrize("args", [
+    (0, 4, 0, 4096, HVA),                   # unknown flag
+    (0, 0, 0, 4095, HVA),                   # size
+    (0, 0, 1, 4096, HVA),                   # gpa
+    (0, 0, 0, 4096, HVA + 1),               # hva
+    (0, 0, 0, 4096, 1 << 63),               # not a user address
+    (32764, 0, 0, 4096, HVA),               # slot number
+    (1 << 16, 0, 0, 4096, HVA),             # address space
+    (0, 0, (1 << 64) - 4096, 8192, HVA),    # wraps around
+    (0, 0, 1 << 40, 4096, HVA),             # beyond the address width
+    (0, 0, 0, 0, HVA),                      # delete what is not there
+])
+def test_einval(slots, args):
+    fails(errno.EINVAL, slots.region, *args)
+
+
+def test_life_of_a_slot(slots):
+    slots.region(0, 0, 0x10000, 0x4000, HVA)
+    assert slots.log[-1][:3] == ("map", 0x10000, 0x4000)
+    slots.write(0x10FFE, b"abcd")
+    assert slots.read(0x10FFC, 8) == b"\0\0abcd\0\0"
+    fails(errno.EINVAL, slots.region, 0, 0, 0x10000, 0x8000, HVA)       # resize
+    fails(errno.EINVAL, slots.region, 0, READONLY, 0x10000, 0x4000, HVA)
+    fails(errno.EEXIST, slots.region, 1, 0, 0x13000, 0x4000, HVA + 0x10000)
+    slots.region(0, DIRTY, 0x10000, 0x4000, HVA)
+    assert slots.log[-1][0] == "map"
+    slots.region(0, DIRTY, 0x20000, 0x4000, HVA)
+    assert [e[0] for e in slots.log[-2:]] == ["unmap", "map"]
+    assert slots.read(0x20FFE, 4) == b"abcd"
+    fails(errno.EFAULT, slots.read, 0x10000, 1)
+    slots.region(0, 0, 0, 0, 0)
+    assert slots.log[-1] == ("unmap", 0x20000, 0x4000)
+    assert slots.find(0x20000) is None
+
+
+def test_hole_and_readonly(slots, memfd):
+    slots.region(3, READONLY, 0, 0x3000, HVA, [Piece(HVA, 0x1000, memfd, 0), Piece(HVA + 0x2000, 0x1000, memfd, 0x2000)])
+    assert [(e[1], e[2], e[4]) for e in slots.log] == [(0, 0x1000, True), (0x2000, 0x1000, True)]
+    assert slots.read(0xFF8, 8) == bytes(8)
+    fails(errno.EFAULT, slots.read, 0xFF8, 9)
+    fails(errno.EFAULT, slots.write, 0, b"x")
+    assert slots.find(0x1000).id == 3
