@@ -1,0 +1,263 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The machine's host in a worker: what crosses from the VM to its client, mostly by asking the daemon's broker.
+
+One exchange with the broker at a time: the broker holds a client thread stopped during most of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import struct
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from fcntl import ioctl
+from typing import TYPE_CHECKING
+
+from kvmd.link import Link, LinkError, Message
+
+if TYPE_CHECKING:
+    from kvmfs.client.memory import ClientMemory
+    from kvmfs.client.process import Process
+    from kvmfs.fuse.channel import Channel
+    from kvmfs.fuse.operations import NodeOperations
+    from kvmfs.kvm.host import RequestLike
+
+log = logging.getLogger("kvmd.worker")
+
+VM_FILE_MODE = 0o600
+PAGE_SIZE = 4096
+_MAX_SEGMENTS = 1024
+_PROCMAP_QUERY = 0xC0686611         # linux/fs.h, since 6.11
+_PROCMAP_STRUCT = struct.Struct("<9Q4I2Q")
+_PROCMAP_EXACT = 0                  # the mapping that covers query_addr, of any kind
+
+
+@dataclass(slots=True)
+class Segment:
+    """A piece of the client's memory that is backed by ``fd``."""
+
+    hva: int
+    size: int
+    fd: int
+    offset: int
+    writable: bool
+
+
+class WorkerHost:
+    """``kvmfs.kvm.host.Host`` over the link to the daemon.
+
+    ``fuse`` is the VM's connection, ``maps`` the client's /proc/PID/maps, ``device`` the number of the VM's mount.
+    """
+
+    def __init__(self, link: Link, process: Process, *, fuse: int, maps: int, device: int, passthrough: bool,
+                 uid: int, gid: int) -> None:
+        self.process = process
+        self.memory: ClientMemory = process.memory
+        self.owns: Callable[[int], bool] = process.owns
+        self.may_block: Callable[[], None] = lambda: None
+        self.passthrough = passthrough
+        self._link, self._lock = link, threading.Lock()
+        self._fuse, self._uid, self._gid = fuse, uid, gid
+        self._channel: Channel | None = None
+        self._operations: NodeOperations | None = None
+        # By id(request): what guest_memory() began and finish() is to end, and what needs no answer any more.
+        self._pending: dict[int, tuple[bool, list[int]]] = {}
+        self._answered: set[int] = set()
+        self._views = KvmRunViews(maps, device)
+        self._pages: dict[int, bytearray] = {}
+
+    def connect(self, channel: Channel, operations: NodeOperations) -> None:
+        """The channel and file system that serve the VM's files."""
+        self._channel, self._operations = channel, operations
+        self.may_block = channel.may_block
+
+    # ---- exchanges with the broker ------------------------------------------------------------------
+
+    def _receive(self, *ops: str) -> Message:
+        try:
+            message = self._link.receive()
+        except LinkError as error:
+            log.critical("the daemon broke the protocol: %s", error)
+            os._exit(1)
+        if message is None:
+            os._exit(0)                             # no daemon, no VM
+        if message.op == "failed":
+            raise OSError(message.integer("errno", 1, 4095), str(message.body.get("text", "")))
+        return message.expect(*ops)
+
+    def graft(self, req: RequestLike, name: str, inode: int, kvm_run: int | None) -> int:
+        """Open the file ``name`` of the VM's mount in the client; ``req`` is answered with its number.
+
+        ``kvm_run`` is the memfd that the client's mmap of the file shows.  Raises OSError when nothing was
+        opened; ``req`` is then answered with that errno.
+        """
+        channel, operations = self._channel, self._operations
+        if channel is None or operations is None:
+            raise OSError(errno.EIO, "the channel is not there yet")
+        fds = [kvm_run, self._fuse] if kvm_run is not None and self.passthrough else []
+        size = 0 if kvm_run is None else os.fstat(kvm_run).st_size
+        answered = False
+        with self._lock:
+            try:
+                self._link.send("graft", fds, tid=req.tid, name=name)
+                with self._receive("seized") as seized:
+                    backing = seized.integer("backing", 0, (1 << 31) - 1)
+                page = None
+                if kvm_run is not None and backing:
+                    channel.set_backing(inode, backing)
+                elif kvm_run is not None:
+                    page = self._pages[inode] = bytearray(size)
+                operations.add_node(inode, name, mode=VM_FILE_MODE, uid=self._uid, gid=self._gid, size=size, data=page)
+                req.reply(0)
+                answered = True
+                with self._receive("done") as done:
+                    result = done.integer("result", -4095, (1 << 31) - 1)
+                if result < 0:
+                    raise OSError(-result, os.strerror(-result), name)
+                return result
+            except OSError as error:
+                with contextlib.suppress(LookupError):
+                    operations.remove_node(inode)
+                self._pages.pop(inode, None)
+                if not answered:
+                    req.reply(-(error.errno or errno.EIO))
+                raise
+
+    def guest_memory(self, req: RequestLike, hva: int, size: int) -> list[Segment]:
+        """Files for the client's range; end with :meth:`finish`, which also gives the descriptors back."""
+        self._lock.acquire()
+        early = False
+        try:
+            self._link.send("guest_memory", tid=req.tid, hva=hva, size=size)
+            message = self._receive("segments", "seized")
+            if message.op == "seized":
+                early = True
+                req.reply(0)
+                message = self._receive("segments")
+            with message:
+                parts = message.items("segments", _MAX_SEGMENTS)
+                fds = message.take_fds()
+            segments = [Segment(p.integer("hva"), p.integer("size"), fds[p.integer("fd", 0, len(fds) - 1)],
+                                p.integer("offset"), bool(p.integer("writable", 0, 1))) for p in parts]
+        except BaseException:
+            if early:
+                self._answered.add(id(req))         # the broker has told the client why
+            self._lock.release()
+            raise
+        # The lock stays taken until finish(): so long the broker holds the client's thread and waits.
+        self._pending[id(req)] = (early, fds)
+        return segments
+
+    def finish(self, req: RequestLike, result: int) -> None:
+        """Give ``req`` its final result (a value or -errno), whether or not it was answered early."""
+        if id(req) in self._answered:
+            self._answered.discard(id(req))
+            return
+        if id(req) not in self._pending:
+            req.reply(result)
+            return
+        early, fds = self._pending.pop(id(req))
+        try:
+            for fd in fds:
+                os.close(fd)
+            if early:
+                self._link.send("finish", result=result)
+            else:
+                req.reply(result)
+        finally:
+            self._lock.release()
+
+    def eventfd(self, req: RequestLike, fd: int) -> int:
+        """A duplicate of the client's eventfd.  Raises OSError: EBADF no descriptor, EINVAL no eventfd."""
+        with self._lock:
+            self._link.send("eventfd", tid=req.tid, fd=fd)
+            with self._receive("eventfd") as message:
+                return message.take_fds()[0]
+
+    # ---- kvm_run without passthrough ----------------------------------------------------------------
+
+    def kvm_run_copy_in(self, inode: int, page: memoryview) -> None:
+        """Bring the client's view of kvm_run into ``page``; nothing when the client has not mapped it."""
+        address = self._views.find(inode)
+        if address:
+            try:
+                self.memory.readinto(address, page)
+            except OSError:
+                self._views.forget(inode)
+
+    def kvm_run_copy_out(self, inode: int, page: memoryview) -> None:
+        """Bring ``page`` into the client's view of kvm_run."""
+        address = self._views.find(inode)
+        if address:
+            try:
+                self.memory.write(address, page)
+            except OSError:
+                self._views.forget(inode)
+
+    # ---- the client's signals -----------------------------------------------------------------------
+
+    def signals_pending(self, tid: int, mask: int) -> bool:
+        """Does thread ``tid`` have a pending signal that is not in ``mask`` (bit n-1: signal n)?"""
+        pending = 0
+        try:
+            with open(f"/proc/{tid}/status", "rb") as file:
+                for line in file:
+                    if line.startswith((b"SigPnd:", b"ShdPnd:")):
+                        pending |= int(line[7:], 16)
+        except OSError:
+            return True                             # it is gone
+        return bool(pending & ~mask)
+
+
+class KvmRunViews:
+    """Where the client has mapped its vCPUs' files."""
+
+    def __init__(self, maps: int, device: int) -> None:
+        self._maps, self._device = maps, device
+        self._known: dict[int, int] = {}
+        self._query = bytearray(_PROCMAP_STRUCT.size)
+        self._can_query = True
+
+    def forget(self, inode: int) -> None:
+        self._known.pop(inode, None)
+
+    def find(self, inode: int) -> int:
+        """The address of ``inode``'s first page in the client; 0: not mapped."""
+        address = self._known.get(inode, 0)
+        if address and self._still_there(address, inode):
+            return address
+        return self._search(inode)
+
+    def _still_there(self, address: int, inode: int) -> bool:
+        if not self._can_query:
+            return True
+        _PROCMAP_STRUCT.pack_into(self._query, 0, _PROCMAP_STRUCT.size, _PROCMAP_EXACT, address, *[0] * 12)
+        try:
+            ioctl(self._maps, _PROCMAP_QUERY, self._query, True)
+        except OSError as error:
+            if error.errno in (errno.ENOTTY, errno.EPERM):
+                self._can_query = False
+                return True
+            return False
+        fields = _PROCMAP_STRUCT.unpack(self._query)
+        return (fields[3] == address and fields[7] == 0 and fields[8] == inode
+                and os.makedev(fields[9], fields[10]) == self._device)
+
+    def _search(self, inode: int) -> int:
+        self._known.pop(inode, None)
+        device = f"{os.major(self._device):02x}:{os.minor(self._device):02x}".encode()
+        text = b""
+        offset = 0
+        while chunk := os.pread(self._maps, 65536, offset):
+            text += chunk
+            offset += len(chunk)
+        for line in text.splitlines():
+            fields = line.split(None, 5)
+            if fields[3] == device and int(fields[4]) == inode and int(fields[2], 16) == 0:
+                self._known[inode] = int(fields[0].partition(b"-")[0], 16)
+                return self._known[inode]
+        return 0

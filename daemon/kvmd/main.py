@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""``kvmd``: the daemon."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+
+import click
+
+from kvmd import worker
+from kvmd.init import InitError, Module, kvm_init, shutdown
+from kvmd.link import LinkError
+from kvmd.options import Options
+from kvmd.zygote import Zygote
+from kvmfs.fuse import mount
+
+log = logging.getLogger("kvmd")
+
+LEVELS = ["debug", "info", "warning", "error"]
+
+
+def set_up_log(level: str) -> None:
+    """Log to stderr."""
+    logging.basicConfig(level=level.upper(), stream=sys.stderr,
+                        format="%(asctime)s %(name)s[%(process)d] %(levelname)s: %(message)s")
+
+
+def serve(options: Options) -> int:
+    """The daemon's life; returns its exit status.  The process must have one thread and no other use for it."""
+    zygote = Zygote.start(worker.main, worker.preload)
+    try:
+        module = Module(options, zygote)
+        try:
+            stack = kvm_init(module)
+        except InitError as error:
+            log.error("%s", error)
+            return 1
+        with stack:
+            node = module.node
+            assert node is not None
+            node.publish(module.facts)
+            threading.Thread(target=_watch_zygote, args=(module,), name="zygote-watch", daemon=True).start()
+            log.info("%s is ready: %s, %s", node.path, module.facts["vendor"],
+                     "passthrough" if module.facts["passthrough"] else "kvm_run is copied")
+            _tell_ready(options)
+            node.serve()
+        log.info("ended")
+        return 0
+    finally:
+        zygote.stop()
+        if options.pid_file:
+            try:
+                os.unlink(options.pid_file)
+            except FileNotFoundError:
+                pass
+
+
+def _tell_ready(options: Options) -> None:
+    if options.pid_file:
+        with open(options.pid_file, "w", encoding="ascii") as file:
+            file.write(f"{os.getpid()}\n")
+    if options.ready_fd is not None:
+        os.write(options.ready_fd, b"ready\n")
+        os.close(options.ready_fd)
+
+
+def _watch_zygote(module: Module) -> None:
+    """Say how workers ended; without the zygote there are no workers, so the daemon ends too."""
+    try:
+        while (message := module.zygote.reports.receive()) is not None:
+            with message:
+                status = message.integer("status", -128, 255)
+                if status:
+                    how = f"of signal {-status}" if status < 0 else f"with status {status}"
+                    log.warning("worker %d ended %s", message.integer("pid"), how)
+    except (OSError, LinkError, ValueError):
+        pass
+    if not (module.vms is None or module.vms.closing):
+        log.critical("the zygote is gone: no VM can be made any more, the daemon ends")
+        shutdown(module)
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("mountpoint", type=click.Path(file_okay=False))
+@click.option("--vendor", type=click.Choice(["auto", "intel", "amd"]), default="auto", show_default=True,
+              help="Which CPU the guests see; auto: the host's vendor.")
+@click.option("--mode", default="660", show_default=True, metavar="OCTAL", help="Permissions of the node.")
+@click.option("--owner", metavar="USER", help="Owner of the node (default: who runs the daemon).")
+@click.option("--group", metavar="GROUP", help="Group of the node (default: kvm, else 0).")
+@click.option("--passthrough", type=click.Choice(["auto", "on", "off"]), default="auto", show_default=True,
+              help="Share kvm_run by FUSE passthrough, or copy it.")
+@click.option("--log-level", type=click.Choice(LEVELS), default="info", show_default=True)
+@click.option("--pid-file", type=click.Path(dir_okay=False), help="Write the process id there when ready.")
+@click.option("--ready-fd", type=int, metavar="FD", help='Write "ready" there when the node can be opened.')
+def main(mountpoint: str, vendor: str, mode: str, owner: str | None, group: str | None, passthrough: str,
+         log_level: str, pid_file: str | None, ready_fd: int | None) -> None:
+    """Serve a fake /dev/kvm as MOUNTPOINT/kvm, in the foreground, until SIGTERM or SIGINT."""
+    set_up_log(log_level)
+    try:
+        bits = int(mode, 8)
+        if bits & ~0o777:
+            raise ValueError
+    except ValueError:
+        raise click.BadParameter(f"{mode!r} is not an octal mode", param_hint="--mode") from None
+    mount.clear_stale(mountpoint)       # before anything looks at the path
+    try:
+        status = serve(Options(mountpoint, vendor, bits, owner, group, passthrough, pid_file, ready_fd))
+    except (OSError, ValueError) as error:
+        log.error("%s", error)
+        status = 1
+    # Reader threads may still be in the kernel with requests of clients that hold the node.
+    logging.shutdown()
+    sys.stdout.flush()
+    os._exit(status)

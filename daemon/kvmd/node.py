@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The public mount: a directory with the node ``kvm`` in it, served by the daemon."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import threading
+from typing import TYPE_CHECKING, Any
+
+import pyfuse3
+import trio
+
+from kvmd.options import Options
+from kvmfs.api.dispatch import SystemDispatcher
+from kvmfs.client.memory import ClientMemory, open_memory
+from kvmfs.fuse import mount
+from kvmfs.fuse.channel import Channel
+from kvmfs.fuse.operations import NodeOperations
+from kvmfs.kvm.kvm_main import Kvm
+from kvmfs.vendor.ops import KvmX86Ops
+
+if TYPE_CHECKING:
+    from kvmd.vms import Vms
+    from kvmfs.kvm.host import RequestLike
+
+log = logging.getLogger("kvmd.node")
+
+NODE = "kvm"
+NODE_INODE = 2
+STATE_INODE = 3
+STATE = "state"         # JSON: what `kvmfs version` shows
+MAX_IDLE = 2
+
+
+class Node:
+    """Mounted from construction to :meth:`unregister`; :meth:`serve` runs the main loop."""
+
+    def __init__(self, options: Options, ops: KvmX86Ops, vms: Vms) -> None:
+        self.mountpoint = os.path.abspath(options.mountpoint)
+        self.path = os.path.join(self.mountpoint, NODE)
+        self.vms_passthrough = vms.passthrough
+        self._vms = vms
+        self._state_lock = threading.Lock()
+        self._facts: dict[str, Any] = {}
+        uid, gid = options.owner_id(), options.group_id()
+        os.makedirs(self.mountpoint, exist_ok=True)
+        if mount.clear_stale(self.mountpoint):
+            log.warning("a stale mount on %s was removed", self.mountpoint)
+        self._operations = NodeOperations()
+        self._operations.add_node(NODE_INODE, NODE, mode=options.mode, uid=uid, gid=gid, size=0, data=None)
+        self._owner = (uid, gid)
+        kvm = Kvm(ops, self._memory_of)
+        dispatcher = SystemDispatcher(kvm, create_vm=vms.create)
+        fuse = mount.open_dev_fuse()
+        try:
+            mount.mount_path(fuse, self.mountpoint)
+        except BaseException:
+            os.close(fuse)
+            raise
+        self._mounted = True
+        self._mount_lock = threading.Lock()
+        try:
+            self._channel = Channel(fuse, dispatcher.ioctl, max_idle=MAX_IDLE)
+            vms.may_block = self._channel.may_block
+            vms.changed = self._write_state
+        except BaseException:
+            self.unregister()
+            raise
+
+    @staticmethod
+    def _memory_of(req: RequestLike) -> ClientMemory:
+        """The caller's address space, for system ioctls with pointers; closed when the request is forgotten."""
+        return _OwnedMemory(open_memory(req.tid))
+
+    def serve(self) -> None:
+        """Main thread: until the mount or the daemon ends."""
+        self._channel.run(self._operations)
+
+    def stop(self) -> None:
+        """End :meth:`serve`, also when clients still hold the node."""
+        try:
+            trio.from_thread.run_sync(pyfuse3.terminate, trio_token=pyfuse3.trio_token)
+        except (trio.RunFinishedError, AttributeError, TypeError):
+            pass
+
+    def unregister(self) -> None:
+        """The node goes from the file system; descriptors of it stay usable until the daemon ends."""
+        with self._mount_lock:
+            if not self._mounted:
+                return
+            self._mounted = False
+        try:
+            mount.umount(self.mountpoint)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOENT):     # somebody else has unmounted it
+                log.warning("%s", error)
+
+    def close(self) -> None:
+        """Nothing is left of it."""
+        self._vms.changed = lambda: None
+
+    # ---- facts --------------------------------------------------------------------------------------
+
+    def publish(self, facts: dict[str, Any]) -> None:
+        """Show ``facts`` in the state file, together with the VMs."""
+        self._facts = facts
+        self._write_state()
+
+    def _write_state(self) -> None:
+        with self._state_lock:
+            vms = [{"vm": b.number, "process": b.process.tgid, "worker": b.pid} for b in self._vms.brokers()]
+            text = json.dumps({**self._facts, "vms": vms, "vms_created": self._vms.created}).encode() + b"\n"
+            uid, gid = self._owner
+            try:
+                self._operations.remove_node(STATE_INODE)
+            except (KeyError, LookupError):
+                pass
+            self._operations.add_node(STATE_INODE, STATE, mode=0o444, uid=uid, gid=gid, size=len(text),
+                                      data=bytearray(text))
+
+
+class _OwnedMemory(ClientMemory):
+    """Closes its descriptor when nobody refers to it."""
+
+    __slots__ = ()
+
+    def __del__(self) -> None:
+        self.close()

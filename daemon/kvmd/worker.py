@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The process of one VM: forked by the zygote, serves the VM's files, runs its guest.
+
+It gets everything it will ever need as descriptors, gives up all rights, and ends by itself when the last of
+the VM's files is closed, when its client or the daemon is gone, or when its connection is.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from typing import Any
+
+import pyfuse3
+import trio
+
+from kvmd import link as _link
+from kvmd import sandbox
+from kvmd.host import VM_FILE_MODE, WorkerHost
+from kvmd.link import Link, LinkError, Message
+from kvmfs import vendor as vendors
+from kvmfs.api.dispatch import VmDispatcher
+from kvmfs.client.process import Process
+from kvmfs.fuse.channel import Channel
+from kvmfs.fuse.operations import NodeOperations
+from kvmfs.kvm.kvm_main import VM_INODE, Vm
+
+log = logging.getLogger("kvmd.worker")
+
+VM_FILE = "kvm-vm"
+MAX_IDLE = 2            # reader threads that stay when nothing is to be read
+# What spawn() passes, in this order.
+FDS = ("fuse", "requests", "control", "pidfd", "memory", "tasks", "maps")
+
+
+def preload() -> None:
+    """Run once in the zygote: make Python import what a worker would import at its first use."""
+    trio.run(trio.lowlevel.checkpoint)
+    "".encode("idna")
+    logging.getLogger("kvmd.worker").debug("zygote is ready")
+
+
+def main(message: Message, fds: list[int]) -> None:
+    """The worker's life.  ``message`` is the daemon's spawn request."""
+    number = message.integer("number")
+    fuse, requests, control, pidfd, memory, tasks, maps = fds
+    sandbox.set_name(f"kvm-vm:{number}")
+    link = Link.from_fd(requests)
+    try:
+        uid = message.body.get("uid")
+        sandbox.enter(uid if isinstance(uid, int) else None, fds)
+        process = Process(message.integer("tid"), message.integer("tgid"), pidfd=pidfd, mem_fd=memory, task_fd=tasks)
+        host = WorkerHost(link, process, fuse=fuse, maps=maps, device=message.integer("device"),
+                          passthrough=bool(message.integer("passthrough", 0, 1)),
+                          uid=message.integer("client_uid"), gid=message.integer("client_gid"))
+        worker = Worker(message.text("vendor", r"[a-z]+"), host, fuse, Link.from_fd(control))
+    except OSError as error:
+        link.send("failed", **_link.failure(error))
+        return
+    worker.run(link)
+
+
+class Worker:
+    """Puts the VM, its channel and its file system together."""
+
+    def __init__(self, vendor: str, host: WorkerHost, fuse: int, control: Link) -> None:
+        self._host, self._control = host, control
+        self.vm = Vm(vendors.load(vendor), host)
+        self.dispatcher = VmDispatcher(self.vm)
+        self.channel = Channel(fuse, self.dispatcher.ioctl, interrupt=self.dispatcher.interrupt,
+                               passthrough=host.passthrough, max_idle=MAX_IDLE)
+        self.operations = NodeOperations(opened=self._opened, released=self._released)
+        self.operations.add_node(VM_INODE, VM_FILE, mode=VM_FILE_MODE, uid=0, gid=0, size=0, data=None)
+        host.connect(self.channel, self.operations)
+        self._open_files = 0
+
+    def run(self, link: Link) -> None:
+        """Serve until the VM ends."""
+        threading.Thread(target=self._serve_control, name="control", daemon=True).start()
+        link.send("ready")
+        try:
+            self.channel.run(self.operations)
+        finally:
+            try:
+                self.vm.destroy()
+            except Exception:
+                log.exception("the VM did not end in order")
+            # The other threads are in the kernel or in the guest; nothing of them is left to be done.
+            os._exit(0)
+
+    # ---- end of life --------------------------------------------------------------------------------
+
+    def _opened(self, inode: int, context: object) -> None:
+        self._open_files += 1
+
+    def _released(self, inode: int) -> None:
+        self._open_files -= 1
+        if self._open_files == 0:
+            pyfuse3.terminate()         # pyfuse3 calls this in its own loop
+
+    def _stop(self) -> None:
+        try:
+            trio.from_thread.run_sync(pyfuse3.terminate, trio_token=pyfuse3.trio_token)
+        except (trio.RunFinishedError, AttributeError, TypeError):
+            os._exit(0)                 # the loop has not begun, or is over
+
+    # ---- the daemon's wishes ------------------------------------------------------------------------
+
+    def _serve_control(self) -> None:
+        try:
+            while (message := self._control.receive()) is not None:
+                with message:
+                    self._control.send("answer", **self._obey(message))
+        except (OSError, LinkError) as error:
+            log.debug("control link: %s", error)
+        os._exit(0)                     # no daemon, no VM
+
+    def _obey(self, message: Message) -> dict[str, Any]:
+        match message.op:
+            case "suspend":
+                self.vm.suspend()
+            case "resume":
+                self.vm.resume()
+            case "cpu_offline":
+                self._leave_cpu(message.integer("cpu", 0, 65535))
+            case "stop":
+                self._stop()
+            case "stat":
+                return {"vcpus": len(self.vm.vcpus), "files": self._open_files}
+            case _:
+                return {"errno": 38}
+        return {}
+
+    @staticmethod
+    def _leave_cpu(cpu: int) -> None:
+        """No thread stays bound to a host CPU that goes offline."""
+        allowed = os.sched_getaffinity(0) - {cpu}
+        for name in os.listdir("/proc/self/task"):
+            try:
+                if os.sched_getaffinity(int(name)) <= {cpu}:
+                    os.sched_setaffinity(int(name), allowed)
+            except OSError:
+                continue                # that thread has just ended

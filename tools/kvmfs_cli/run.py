@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""``kvmfs run``: a command in whose world /dev/kvm is the fake node."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+
+from kvmfs_cli import namespace
+
+PR_SET_PDEATHSIG = 1
+STOP_PATIENCE = 15          # seconds for the daemon to end its VMs
+SI_USER, SI_TKILL, SI_QUEUE = 0, -6, -1
+FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2,
+             signal.SIGALRM)
+EXIT_NOT_FOUND, EXIT_NOT_EXECUTABLE, EXIT_OURS = 127, 126, 125
+
+
+class RunError(Exception):
+    """The command was not started; the text says why."""
+
+
+class PrivateDaemon:
+    """A kvmd of this run's own, on a temporary directory of this namespace."""
+
+    def __init__(self, *, vendor: str, passthrough: str, log_level: str) -> None:
+        from kvmd.main import serve, set_up_log
+        from kvmd.options import Options
+
+        self._directory = tempfile.mkdtemp(prefix="kvmfs-")
+        reader, writer = os.pipe2(os.O_CLOEXEC)
+        parent = os.getpid()
+        sys.stdout.flush()
+        self.pid = os.fork()
+        if self.pid == 0:
+            status = 1
+            try:
+                os.close(reader)
+                os.setsid()             # a ^C is the command's; the daemon ends when the command has ended
+                ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+                if os.getppid() != parent:
+                    os._exit(1)
+                set_up_log(log_level)
+                # Only this namespace sees the node, so its mode may be open: the command may change its user.
+                status = serve(Options(self._directory, vendor=vendor, mode=0o666, passthrough=passthrough,
+                                       ready_fd=writer))
+            except BaseException as error:
+                print(f"kvmfs run: the daemon failed: {error}", file=sys.stderr)
+            finally:
+                sys.stderr.flush()
+                os._exit(status)
+        os.close(writer)
+        with os.fdopen(reader, "rb") as file:
+            ready = file.read() == b"ready\n"
+        self.node = os.path.join(self._directory, "kvm")
+        if not ready:
+            self.stop()
+            raise RunError("the daemon did not start (its message is above)")
+
+    def stop(self) -> None:
+        """End it in order, and leave nothing."""
+        try:
+            os.kill(self.pid, signal.SIGTERM)
+        except ProcessLookupError:
+            pass
+        deadline = time.monotonic() + STOP_PATIENCE
+        while os.waitpid(self.pid, os.WNOHANG)[0] == 0:
+            if time.monotonic() > deadline:
+                os.kill(self.pid, signal.SIGKILL)
+                os.waitpid(self.pid, 0)
+                break
+            time.sleep(0.005)
+        try:
+            os.rmdir(self._directory)
+        except OSError:
+            pass
+
+
+def run(command: Sequence[str], *, node: str | None, vendor: str, passthrough: str, log_level: str) -> int:
+    """Run ``command``; returns its exit status, 128 + n when signal n ended it.  Raises RunError."""
+    if node is not None and not os.path.exists(node):
+        raise RunError(f"there is no node {node}")
+    try:
+        namespace.enter()
+    except (namespace.NamespaceError, OSError) as error:
+        raise RunError(str(error)) from error
+    daemon = None
+    if node is None:
+        daemon = PrivateDaemon(vendor=vendor, passthrough=passthrough, log_level=log_level)
+        node = daemon.node
+    try:
+        try:
+            namespace.place_node(node)
+        except OSError as error:
+            raise RunError(error.strerror or str(error)) from error
+        return _run_command(command)
+    finally:
+        if daemon is not None:
+            daemon.stop()
+
+
+def _run_command(command: Sequence[str]) -> int:
+    waited = {*FORWARDED, signal.SIGCHLD}
+    signal.signal(signal.SIGCHLD, lambda *_: None)          # an ignored one would never be pending
+    old = signal.pthread_sigmask(signal.SIG_BLOCK, waited)
+    pid = os.fork()
+    if pid == 0:
+        _become(command, old)
+    while True:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            code = os.waitstatus_to_exitcode(status)
+            return 128 - code if code < 0 else code
+        info = signal.sigwaitinfo(waited)
+        # What the terminal sends goes to the whole process group, so the command has it already.
+        if info.si_signo != signal.SIGCHLD and info.si_code in (SI_USER, SI_TKILL, SI_QUEUE):
+            try:
+                os.kill(pid, info.si_signo)
+            except ProcessLookupError:
+                pass
+
+
+def _become(command: Sequence[str], mask: set[int]) -> None:
+    status = EXIT_OURS
+    try:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for number in (signal.SIGPIPE, signal.SIGINT, signal.SIGXFSZ):
+            signal.signal(number, signal.SIG_DFL)           # Python's own settings are not the command's
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        os.execvp(command[0], list(command))
+    except FileNotFoundError:
+        print(f"kvmfs run: {command[0]}: no such command", file=sys.stderr)
+        status = EXIT_NOT_FOUND
+    except OSError as error:
+        print(f"kvmfs run: {command[0]}: {error.strerror}", file=sys.stderr)
+        status = EXIT_NOT_EXECUTABLE
+    finally:
+        sys.stderr.flush()
+        os._exit(status)

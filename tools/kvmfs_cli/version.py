@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""``kvmfs version``: what this installation is, and what the daemons of this machine do."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from importlib import metadata
+from typing import Any
+
+PACKAGES = ("kvmfs", "unicorn", "pyfuse3", "trio")
+FILESYSTEM = "fuse.kvmfs"
+
+
+def collect() -> dict[str, Any]:
+    """All facts as one JSON-able object."""
+    from kvmd.init import STEPS
+    from kvmfs import vendor
+
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = "(run from its sources)"
+    return {
+        "versions": {**versions, "python": platform.python_version(), "kernel": platform.release()},
+        "vendor": vendor.load("auto").name,
+        "steps": [getattr(step, "__name__", "?") for step in STEPS],
+        "nodes": [node for path in _mountpoints() if (node := _state(path)) is not None],
+    }
+
+
+def _mountpoints() -> list[str]:
+    found = []
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as file:
+        for line in file:
+            before, _, after = line.partition(" - ")
+            fields = before.split()
+            if after.split()[0] == FILESYSTEM and fields[3] == "/":
+                found.append(fields[4].encode().decode("unicode_escape"))
+    return found
+
+
+def _state(mountpoint: str) -> dict[str, Any] | None:
+    try:
+        with open(os.path.join(mountpoint, "state"), encoding="utf-8") as file:
+            state = json.load(file)
+    except (OSError, ValueError):
+        return None
+    return state if isinstance(state, dict) else None
+
+
+def show(facts: dict[str, Any]) -> None:
+    """Print the facts as tables."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    table = Table(show_header=False, box=None)
+    for name, value in facts["versions"].items():
+        table.add_row(name, value)
+    table.add_row("vendor here", facts["vendor"])
+    table.add_row("start-up", " → ".join(facts["steps"]))
+    console.print(table)
+    for node in facts["nodes"]:
+        table = Table(title=str(node.get("node")), show_header=False, title_justify="left")
+        for name in ("vendor", "module", "profile", "engine", "passthrough", "cpus", "steps", "vms_created"):
+            if name in node:
+                value = node[name]
+                table.add_row(name, ", ".join(map(str, value)) if isinstance(value, list) else str(value))
+        for vm in node.get("vms", []):
+            table.add_row(f"VM {vm['vm']}", f"process {vm['process']}, worker {vm['worker']}")
+        console.print(table)
+    if not facts["nodes"]:
+        console.print("no node is mounted here")
+
+
+def as_json(facts: dict[str, Any]) -> str:
+    """The facts as JSON."""
+    return json.dumps(facts, indent=2)
