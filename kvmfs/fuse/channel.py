@@ -1,0 +1,456 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The channel: this process's end of a FUSE connection.
+
+pyfuse3 has no ioctl and no interrupt handler, and no handler of its own would be as fast as a KVM_RUN needs it. So the
+channel owns /dev/fuse. It answers FUSE_IOCTL and FUSE_INTERRUPT itself and passes everything else on to stock pyfuse3,
+which is given one end of a socketpair as the "mount point" /dev/fd/N and never knows.
+
+Why it is as it is (figures: one core, Linux 6.18, CPython 3.11):
+
+- An ioctl is answered in the thread that read it. Any hand-over to another thread costs 5 to 70 µs.
+- All reader threads share the one descriptor. The kernel wakes one of them per request; cloned descriptors
+  (FUSE_DEV_IOC_CLONE) were not faster and each costs a descriptor and a rule (answer where you read).
+- One reader is fastest, but a thread that runs a guest reads nothing. `may_block` makes sure that another one does.
+- FUSE_INTERRUPT may be read by another thread before its request was looked at by the one that read it. Such early
+  interrupts are remembered; `Request.interrupted` is set before the handler sees the request.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import socket
+import struct
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Final, TypeAlias
+
+import pyfuse3
+import trio
+
+from . import protocol
+from .protocol import (
+    BUFFER_SIZE,
+    FUSE_INIT,
+    FUSE_INTERRUPT,
+    FUSE_IOCTL,
+    FUSE_OPEN,
+    IN_HEADER,
+    INTERRUPT_IN,
+    IOCTL_REPLY,
+    IOCTL_REQUEST,
+    OUT_HEADER,
+)
+
+if TYPE_CHECKING:
+    from trio.lowlevel import TrioToken
+
+_log = logging.getLogger(__name__)
+
+Payload: TypeAlias = bytes | bytearray | memoryview
+Outcome: TypeAlias = int | Payload | tuple[int, Payload] | None
+
+_NO_DATA: Final = memoryview(b"")
+_IOCTL_REPLY_SIZE: Final = IOCTL_REPLY.size
+# Early interrupts live for the microseconds until the other thread looks at its request; those of requests that were
+# answered meanwhile are never asked for and fall out here.
+_MAX_EARLY: Final = 1024
+# The largest message that pyfuse3 sends: a READ or READDIR reply of MAX_WRITE bytes with its header.
+_MAX_REPLY: Final = 4 * BUFFER_SIZE
+
+
+class Request:
+    """One FUSE_IOCTL.
+
+    unique    the kernel's number for it, never used twice on a connection
+    nodeid    the inode that it was issued on; fh the open file (pyfuse3's fh of `open`)
+    tid       the calling *thread* in the pid namespace of whoever mounted; 0 when it has no number there
+    uid, gid  the caller's fsuid and fsgid, in the mount's user namespace
+    cmd, arg  the ioctl's number and its third argument, as given (32 and 64 bits)
+    data      what the kernel copied in: _IOC_SIZE bytes when the number says _IOC_WRITE, else empty. A view of the
+              reader's buffer: valid until the handler returns, copy what is needed longer
+    out_size  how many bytes the kernel can copy out; more data in the answer is EIO for the client
+    interrupted  a signal is pending for the caller (at most one such notice comes per request)
+    context   for the handler's own use. To block without losing an interrupt: set context, then look at interrupted;
+              the interrupt callback comes after interrupted was set and looks at context
+    """
+
+    __slots__ = (
+        "_channel", "arg", "cmd", "context", "data", "fh", "gid", "interrupted", "nodeid", "out_size", "tid", "uid",
+        "unique",
+    )
+
+    def __init__(
+        self, channel: Channel, unique: int, nodeid: int, fh: int, tid: int, uid: int, gid: int, cmd: int, arg: int,
+        data: memoryview, out_size: int,
+    ) -> None:
+        self._channel = channel
+        self.unique = unique
+        self.nodeid = nodeid
+        self.fh = fh
+        self.tid = tid
+        self.uid = uid
+        self.gid = gid
+        self.cmd = cmd
+        self.arg = arg
+        self.data = data
+        self.out_size = out_size
+        self.interrupted = False
+        self.context: object | None = None
+
+    def reply(self, result: int, data: Payload = b"") -> None:
+        """Answer now, from any thread; the handler then returns None.
+
+        *result* is what ioctl(2) returns, negative: -errno. *data* is copied out in both cases.
+        RuntimeError: it was answered already.
+        """
+        channel = self._channel
+        if channel.inflight.pop(self.unique, None) is None:
+            raise RuntimeError(f"ioctl {self.cmd:#x} (request {self.unique}) was answered already")
+        channel._send(self, result, data)
+
+    def __repr__(self) -> str:
+        return f"<ioctl {self.cmd:#x} arg {self.arg:#x} inode {self.nodeid} tid {self.tid} unique {self.unique}>"
+
+
+IoctlHandler: TypeAlias = Callable[[Request], Outcome]
+
+
+class Channel:
+    """Serves one connection.
+
+    fuse_fd      an open /dev/fuse that was mounted (kvmfs.fuse.mount). It must stay open until the process ends: a
+                 handler that is late would otherwise answer into whatever has that number by then
+    ioctl        called in a reader thread for every FUSE_IOCTL; what it returns is the answer: an int the result, bytes
+                 result 0 with that payload, a tuple both, None: it answered by `Request.reply` or somebody will.
+                 An OSError becomes -errno; any other exception is logged once and becomes EIO
+    interrupt    called in a reader thread when a signal came for the caller of a request in flight (and, when the
+                 connection ends, for all of them). The request may have been answered meanwhile
+    passthrough  ask the kernel for passthrough; whether it is there is `passthrough` after `ready`
+    max_idle     how many threads may wait for requests. One more than there are handlers that block at a time
+                 never starts a thread on the way of an ioctl. May be changed at any time
+    on_end       called once, in a reader thread, when the kernel ended the connection (unmounted, the last file of a
+                 detached mount closed, aborted); after that pyfuse3's main loop is stopped
+    """
+
+    def __init__(
+        self, fuse_fd: int, ioctl: IoctlHandler, *, interrupt: Callable[[Request], None] | None = None,
+        passthrough: bool = False, max_idle: int = 2, on_end: Callable[[], None] | None = None,
+    ) -> None:
+        self.max_idle = max_idle
+        self.on_end = on_end
+        self.inflight: dict[int, Request] = {}
+        self.passthrough = False
+        self.ready = threading.Event()  # INIT was answered: backing files can be registered, `passthrough` is known
+        self.ended = threading.Event()
+        self._fd = fuse_fd
+        self._ioctl = ioctl
+        self._interrupt = interrupt
+        self._want_passthrough = passthrough
+        self._early: OrderedDict[int, bool] = OrderedDict()
+        self._backing: dict[int, int] = {}
+        self._opening: dict[int, int] = {}  # unique of an OPEN on its way through pyfuse3 -> nodeid
+        self._init_unique: int | None = None
+        self._reported: set[tuple[int, str, int]] = set()
+        self._lock = threading.Lock()
+        self._readers: dict[int, int] = {}  # thread ident -> native thread id
+        self._reader_count = 0  # those that are being started included
+        self._blocked: set[int] = set()  # idents of readers that are in a handler which may block
+        self._end_seen = False
+        self._trio_token: TrioToken | None = None
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._ours = ours
+        # Detached: libfuse closes it with its session.
+        self._theirs_fd = theirs.detach()
+
+    # --- life ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def pyfuse3_path(self) -> str:
+        """What to give to pyfuse3.init as the mount point."""
+        return f"/dev/fd/{self._theirs_fd}"
+
+    def start(self) -> None:
+        """Begin to read requests. pyfuse3 must be initialised on `pyfuse3_path` by now or soon: INIT waits for it."""
+        self._start_reader(count=True)
+        threading.Thread(target=self._pass_replies, name="kvmfs-replies", daemon=True).start()
+
+    def run(self, operations: pyfuse3.Operations) -> None:
+        """Serve *operations* in the calling (main) thread until the connection ends. Includes `start`.
+
+        pyfuse3 has one session per process, so only one channel of a process can be run at a time.
+        """
+        pyfuse3.init(operations, self.pyfuse3_path, set(pyfuse3.default_options))
+        try:
+            self.start()
+            trio.run(self._main)
+        finally:
+            pyfuse3.close(unmount=False)
+
+    async def _main(self) -> None:
+        self._trio_token = trio.lowlevel.current_trio_token()
+        # _end sets _end_seen before it looks for the token, so one of the two sees the other.
+        if not self._end_seen:
+            await pyfuse3.main()
+
+    def _end(self) -> None:
+        with self._lock:
+            if self._end_seen:
+                return
+            self._end_seen = True
+        self.ended.set()
+        # Nobody waits for these answers any more; whoever works on one should stop.
+        for request in list(self.inflight.values()):
+            self._deliver_interrupt(request)
+        if self.on_end is not None:
+            try:
+                self.on_end()
+            except Exception:
+                _log.exception("on_end of the FUSE channel failed")
+        # The socketpair stays open: libfuse takes a closed one for an error, and pyfuse3.main() raises.
+        if self._trio_token is not None:
+            try:
+                trio.from_thread.run_sync(pyfuse3.terminate, trio_token=self._trio_token)
+            except trio.RunFinishedError:
+                pass
+
+    # --- passthrough -----------------------------------------------------------------------------------------------------
+
+    def set_backing(self, nodeid: int, backing_id: int | None) -> None:
+        """From now on an open of *nodeid* is a passthrough open of *backing_id* (mount.backing_open); None ends that.
+
+        All opens of an inode that overlap must have the same backing: the kernel answers EIO to others.
+        """
+        if backing_id is None:
+            self._backing.pop(nodeid, None)
+        else:
+            self._backing[nodeid] = backing_id
+
+    # --- threads ----------------------------------------------------------------------------------------------------------
+
+    def threads(self) -> list[int]:
+        """The native ids of the threads that read requests (for sched_setaffinity)."""
+        return list(self._readers.values())
+
+    def may_block(self) -> None:
+        """The calling handler may take long: make sure that somebody else reads meanwhile.
+
+        Call it once per request, before blocking. A thread is started when none is idle. Does nothing in a thread that
+        is not a reader. RuntimeError: no thread could be started.
+        """
+        ident = threading.get_ident()
+        with self._lock:
+            if ident in self._blocked or ident not in self._readers:
+                return
+            self._blocked.add(ident)
+            if len(self._blocked) < self._reader_count:
+                return
+            self._reader_count += 1
+        self._start_reader(count=False)
+
+    def _start_reader(self, *, count: bool) -> None:
+        if count:
+            with self._lock:
+                self._reader_count += 1
+        try:
+            threading.Thread(target=self._reader, name="kvmfs-reader", daemon=True).start()
+        except RuntimeError:
+            with self._lock:
+                self._reader_count -= 1
+            raise
+
+    def _returned(self, ident: int) -> bool:
+        """A handler that had called may_block returned. True: there are enough readers, this thread shall end."""
+        with self._lock:
+            self._blocked.discard(ident)
+            if self._reader_count - len(self._blocked) <= max(1, self.max_idle):
+                return False
+            self._reader_count -= 1
+            del self._readers[ident]
+            return True
+
+    def _reader(self) -> None:
+        ident = threading.get_ident()
+        with self._lock:
+            self._readers[ident] = threading.get_native_id()
+        try:
+            self._serve(ident)
+        except Exception:
+            _log.exception("FUSE channel: the reader failed; the connection is given up")
+            self._end()
+
+    def _serve(self, ident: int) -> None:
+        # The hot path: everything a local, one unpack, one pack, two system calls.
+        fd = self._fd
+        readv, write = os.readv, os.write
+        unpack, pack = IOCTL_REQUEST.unpack_from, IOCTL_REPLY.pack
+        handle, inflight, early, blocked = self._ioctl, self.inflight, self._early, self._blocked
+        claim = inflight.pop
+        request_class, operation, header_size = Request, FUSE_IOCTL, IOCTL_REQUEST.size
+        reply_size, eio = _IOCTL_REPLY_SIZE, errno.EIO
+        no_data = _NO_DATA
+        buffer = bytearray(BUFFER_SIZE)
+        view = memoryview(buffer)
+        buffers = [buffer]
+        outcome: Outcome
+        while True:
+            try:
+                length = readv(fd, buffers)
+            except OSError as error:
+                if error.errno == errno.ENODEV:
+                    self._end()
+                    return
+                # ENOENT: the request was taken back while it was read.
+                if error.errno in (errno.ENOENT, errno.EAGAIN, errno.EINTR):
+                    continue
+                raise
+            (_len, opcode, unique, nodeid, uid, gid, tid, _ext, _pad, fh, _flags, cmd, arg, in_size, out_size
+             ) = unpack(buffer)
+            if opcode != operation:
+                self._other(opcode, unique, nodeid, view[:length])
+                continue
+            request = request_class(
+                self, unique, nodeid, fh, tid, uid, gid, cmd, arg,
+                view[header_size : header_size + in_size] if in_size else no_data, out_size,
+            )
+            inflight[unique] = request
+            if early and early.pop(unique, False):
+                self._deliver_interrupt(request)
+            try:
+                outcome = handle(request)
+            except OSError as error:
+                outcome = -(error.errno or eio)
+            except Exception as error:
+                self._report(request, error)
+                outcome = -eio
+            if outcome is not None:
+                if claim(unique, None) is None:
+                    _log.error("%r was answered by its handler and then once more with %r", request, outcome)
+                elif outcome.__class__ is int:
+                    try:
+                        write(fd, pack(reply_size, 0, unique, outcome, 0, 0, 0))
+                    except (OSError, struct.error) as error:
+                        self._send_failed(request, error)
+                elif isinstance(outcome, tuple):
+                    self._send(request, *outcome)
+                elif isinstance(outcome, int):
+                    self._send(request, outcome, b"")
+                else:
+                    self._send(request, 0, outcome)
+            if ident in blocked and self._returned(ident):
+                return
+
+    # --- answers ------------------------------------------------------------------------------------------------------------
+
+    def _send(self, request: Request, result: int, data: Payload) -> None:
+        try:
+            os.write(self._fd, IOCTL_REPLY.pack(_IOCTL_REPLY_SIZE + len(data), 0, request.unique, result, 0, 0, 0) + data)
+        except (OSError, struct.error, TypeError) as error:
+            self._send_failed(request, error)
+
+    def _send_failed(self, request: Request, error: Exception) -> None:
+        """The kernel did not take an answer, or it could not be built."""
+        if isinstance(error, OSError):
+            # ENOENT, ENODEV, ENOTCONN, ECONNABORTED: the connection ended and nobody waits.
+            if error.errno == errno.EINVAL:
+                # It has ended the request with EIO.
+                _log.error("the answer to %r is not acceptable to the kernel (out_size %d)", request, request.out_size)
+            return
+        self._report(request, error)
+        try:
+            os.write(self._fd, IOCTL_REPLY.pack(_IOCTL_REPLY_SIZE, 0, request.unique, -errno.EIO, 0, 0, 0))
+        except OSError:
+            pass
+
+    def _report(self, request: Request, error: BaseException) -> None:
+        """Log an unexpected exception with its traceback, the same one only once: a client could fill the disk."""
+        place = error.__traceback__
+        while place is not None and place.tb_next is not None:
+            place = place.tb_next
+        key = (request.cmd, type(error).__name__, place.tb_lineno if place is not None else 0)
+        if key not in self._reported:
+            self._reported.add(key)
+            _log.error("%r failed; the client gets EIO", request, exc_info=error)
+
+    # --- everything that is no ioctl ---------------------------------------------------------------------------------------
+
+    def _other(self, opcode: int, unique: int, nodeid: int, message: memoryview) -> None:
+        if opcode == FUSE_INTERRUPT:
+            self._interrupted(INTERRUPT_IN.unpack_from(message, IN_HEADER.size)[0])
+            return
+        if opcode == FUSE_OPEN:
+            self._opening[unique] = nodeid
+        elif opcode == FUSE_INIT:
+            self._init_unique = unique
+            self.passthrough = self._want_passthrough and protocol.init_offers_passthrough(message)
+        try:
+            self._ours.send(message)
+        except OSError:
+            if not self._end_seen:
+                _log.warning("pyfuse3 is gone; FUSE operation %d is refused", opcode)
+            # FORGET and the like have no reply; the kernel answers ENOENT to one and nothing is lost.
+            try:
+                os.write(self._fd, OUT_HEADER.pack(OUT_HEADER.size, -errno.EIO, unique))
+            except OSError:
+                pass
+
+    def _interrupted(self, unique: int) -> None:
+        inflight, early = self.inflight, self._early
+        request = inflight.get(unique)
+        if request is None:
+            early[unique] = True
+            # The request may have been entered between the look and the note. The note is then taken back by exactly one
+            # of the two threads, and that one delivers.
+            request = inflight.get(unique)
+            if request is None:
+                while len(early) > _MAX_EARLY:
+                    early.popitem(last=False)
+                return
+            if not early.pop(unique, False):
+                return
+        self._deliver_interrupt(request)
+
+    def _deliver_interrupt(self, request: Request) -> None:
+        request.interrupted = True
+        if self._interrupt is not None:
+            try:
+                self._interrupt(request)
+            except Exception as error:
+                self._report(request, error)
+
+    def _pass_replies(self) -> None:
+        """Thread: what pyfuse3 answers goes to the kernel, INIT and OPEN amended."""
+        buffer = bytearray(_MAX_REPLY)
+        view = memoryview(buffer)
+        while True:
+            try:
+                length = self._ours.recv_into(buffer)
+            except OSError:
+                return
+            if not length:
+                return
+            message: memoryview | bytes = view[:length]
+            (_len, error, unique) = OUT_HEADER.unpack_from(message)
+            initial = False
+            if unique == 0:
+                pass  # a notification of pyfuse3's, not a reply
+            elif unique == self._init_unique:
+                self._init_unique = None
+                initial = error == 0
+                if initial:
+                    message = protocol.amend_init_reply(message, passthrough=self.passthrough)
+            else:
+                nodeid = self._opening.pop(unique, None)
+                if nodeid is not None and error == 0:
+                    backing_id = self._backing.get(nodeid)
+                    if backing_id is not None:
+                        message = protocol.amend_open_reply(message, backing_id)
+            try:
+                os.write(self._fd, message)
+            except OSError as failure:
+                if failure.errno not in (errno.ENOENT, errno.ENODEV):
+                    _log.error("the kernel did not take a reply of pyfuse3's: %s", failure)
+            if initial:
+                self.ready.set()
