@@ -50,7 +50,8 @@ class Segment:
 class WorkerHost:
     """``kvmfs.kvm.host.Host`` over the link to the daemon.
 
-    ``fuse`` is the VM's connection, ``maps`` the client's /proc/PID/maps, ``device`` the number of the VM's mount.
+    ``fuse`` is the VM's connection, ``maps`` the client's /proc/PID/maps, ``device`` the number of the VM's mount,
+    ``uid`` and ``gid`` the owner of its files: the daemon, who alone opens them.
     """
 
     def __init__(self, link: Link, process: Process, *, fuse: int, maps: int, device: int, passthrough: bool,
@@ -61,7 +62,7 @@ class WorkerHost:
         self.may_block: Callable[[], None] = lambda: None
         self.passthrough = passthrough
         self._link, self._lock = link, threading.Lock()
-        self._fuse, self._uid, self._gid = fuse, uid, gid
+        self._fuse, self.uid, self.gid = fuse, uid, gid
         self._channel: Channel | None = None
         self._operations: NodeOperations | None = None
         # By id(request): what guest_memory() began and finish() is to end, and what needs no answer any more.
@@ -111,7 +112,7 @@ class WorkerHost:
                     channel.set_backing(inode, backing)
                 elif kvm_run is not None:
                     page = self._pages[inode] = bytearray(size)
-                operations.add_node(inode, name, mode=VM_FILE_MODE, uid=self._uid, gid=self._gid, size=size, data=page)
+                operations.add_node(inode, name, mode=VM_FILE_MODE, uid=self.uid, gid=self.gid, size=size, data=page)
                 req.reply(0)
                 answered = True
                 with self._receive("done") as done:

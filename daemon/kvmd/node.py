@@ -30,7 +30,7 @@ log = logging.getLogger("kvmd.node")
 
 NODE = "kvm"
 NODE_INODE = 2
-STATE_INODE = 3
+FIRST_STATE_INODE = 3
 STATE = "state"         # JSON: what `kvmfs version` shows
 MAX_IDLE = 2
 
@@ -49,7 +49,8 @@ class Node:
         os.makedirs(self.mountpoint, exist_ok=True)
         if mount.clear_stale(self.mountpoint):
             log.warning("a stale mount on %s was removed", self.mountpoint)
-        self._operations = NodeOperations()
+        self._operations = NodeOperations(uid=os.geteuid(), gid=os.getegid())
+        self._state_inode = FIRST_STATE_INODE
         self._operations.add_node(NODE_INODE, NODE, mode=options.mode, uid=uid, gid=gid, size=0, data=None)
         self._owner = (uid, gid)
         kvm = Kvm(ops, self._memory_of)
@@ -93,7 +94,7 @@ class Node:
                 return
             self._mounted = False
         try:
-            mount.umount(self.mountpoint)
+            mount.umount(self.mountpoint, lazy=True)
         except OSError as error:
             if error.errno not in (errno.EINVAL, errno.ENOENT):     # somebody else has unmounted it
                 log.warning("%s", error)
@@ -114,12 +115,11 @@ class Node:
             vms = [{"vm": b.number, "process": b.process.tgid, "worker": b.pid} for b in self._vms.brokers()]
             text = json.dumps({**self._facts, "vms": vms, "vms_created": self._vms.created}).encode() + b"\n"
             uid, gid = self._owner
-            try:
-                self._operations.remove_node(STATE_INODE)
-            except (KeyError, LookupError):
-                pass
-            self._operations.add_node(STATE_INODE, STATE, mode=0o444, uid=uid, gid=gid, size=len(text),
-                                      data=bytearray(text))
+            if self._state_inode > FIRST_STATE_INODE:
+                self._operations.remove_node(self._state_inode - 1)
+            # A new inode each time: the kernel keeps size and contents of the old one in its cache.
+            self._operations.add_node(self._state_inode, STATE, mode=0o444, uid=uid, gid=gid, data=bytearray(text))
+            self._state_inode += 1
 
 
 class _OwnedMemory(ClientMemory):

@@ -75,7 +75,7 @@ class Vms:
             raise KvmError(errno.EPERM) from error
         broker = self._reserve(process)
         try:
-            self._start_worker(broker, req)
+            self._start_worker(broker)
             file = broker.open_file(VM_FILE)
         except (OSError, ZygoteGoneError) as error:
             log.error("VM %d of process %d: no worker: %s", broker.number, process.tgid, error)
@@ -123,7 +123,7 @@ class Vms:
             broker = self._brokers[number] = Broker(number, process, self._watchdog, self.passthrough)
         return broker
 
-    def _start_worker(self, broker: Broker, req: Request) -> None:
+    def _start_worker(self, broker: Broker) -> None:
         """Mount, fork, wait until the worker serves."""
         process = broker.process
         requests, control = broker.worker_ends
@@ -137,7 +137,7 @@ class Vms:
                                 process.task_fd, maps],
                 uid=sandbox.worker_uid(broker.number), tid=process.tid, tgid=process.tgid,
                 device=device_of(broker.mount), passthrough=int(self.passthrough), vendor=self._vendor,
-                client_uid=req.uid, client_gid=req.gid)
+                owner_uid=os.geteuid(), owner_gid=os.getegid())
             broker.attach_worker(pid, pidfd)
         finally:
             # The worker alone holds its connection, so that it ends with the worker.

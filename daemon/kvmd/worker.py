@@ -53,7 +53,7 @@ def main(message: Message, fds: list[int]) -> None:
         process = Process(message.integer("tid"), message.integer("tgid"), pidfd=pidfd, mem_fd=memory, task_fd=tasks)
         host = WorkerHost(link, process, fuse=fuse, maps=maps, device=message.integer("device"),
                           passthrough=bool(message.integer("passthrough", 0, 1)),
-                          uid=message.integer("client_uid"), gid=message.integer("client_gid"))
+                          uid=message.integer("owner_uid"), gid=message.integer("owner_gid"))
         worker = Worker(message.text("vendor", r"[a-z]+"), host, fuse, Link.from_fd(control))
     except OSError as error:
         link.send("failed", **_link.failure(error))
@@ -70,8 +70,8 @@ class Worker:
         self.dispatcher = VmDispatcher(self.vm)
         self.channel = Channel(fuse, self.dispatcher.ioctl, interrupt=self.dispatcher.interrupt,
                                passthrough=host.passthrough, max_idle=MAX_IDLE)
-        self.operations = NodeOperations(opened=self._opened, released=self._released)
-        self.operations.add_node(VM_INODE, VM_FILE, mode=VM_FILE_MODE, uid=0, gid=0, size=0, data=None)
+        self.operations = NodeOperations(opened=self._opened, released=self._released, uid=host.uid, gid=host.gid)
+        self.operations.add_node(VM_INODE, VM_FILE, mode=VM_FILE_MODE, uid=host.uid, gid=host.gid)
         host.connect(self.channel, self.operations)
         self._open_files = 0
 

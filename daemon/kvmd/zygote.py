@@ -105,11 +105,11 @@ class _Server:
         os.dup2(null, 0)
         os.close(null)
         sandbox.close_all_but([self._requests.fileno(), self._reports.fileno(), self._wake, self._woken])
+        preload()
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)   # it ends with the daemon, after the daemon is done with it
         signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.set_wakeup_fd(self._woken, warn_on_full_buffer=False)
-        preload()
         if threading.active_count() != 1:
             raise RuntimeError("something that was preloaded started a thread")
         gc.collect()
