@@ -1,0 +1,385 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""CPUID: registers, leaves, and where each feature bit is (SDM vol. 2A CPUID, APM vol. 3 appendix E).
+
+Feature names as in Linux's asm/cpufeatures.h and arch/x86/kvm/reverse_cpuid.h.
+"""
+
+from typing import Final, NamedTuple
+
+# Registers, in the order of the CPUID instruction's results.
+EAX: Final = 0
+EBX: Final = 1
+ECX: Final = 2
+EDX: Final = 3
+
+
+class Feature(NamedTuple):
+    """One bit of CPUID."""
+
+    function: int
+    index: int
+    reg: int
+    bit: int
+
+    @property
+    def mask(self) -> int:
+        """The bit in its register."""
+        return 1 << self.bit
+
+
+# CPUID(0x1, 0).ECX
+X86_FEATURE_XMM3: Final = Feature(0x1, 0, ECX, 0)
+X86_FEATURE_PCLMULQDQ: Final = Feature(0x1, 0, ECX, 1)
+X86_FEATURE_DTES64: Final = Feature(0x1, 0, ECX, 2)
+X86_FEATURE_MWAIT: Final = Feature(0x1, 0, ECX, 3)
+X86_FEATURE_DSCPL: Final = Feature(0x1, 0, ECX, 4)
+X86_FEATURE_VMX: Final = Feature(0x1, 0, ECX, 5)
+X86_FEATURE_SMX: Final = Feature(0x1, 0, ECX, 6)
+X86_FEATURE_EST: Final = Feature(0x1, 0, ECX, 7)
+X86_FEATURE_TM2: Final = Feature(0x1, 0, ECX, 8)
+X86_FEATURE_SSSE3: Final = Feature(0x1, 0, ECX, 9)
+X86_FEATURE_CID: Final = Feature(0x1, 0, ECX, 10)
+X86_FEATURE_SDBG: Final = Feature(0x1, 0, ECX, 11)
+X86_FEATURE_FMA: Final = Feature(0x1, 0, ECX, 12)
+X86_FEATURE_CX16: Final = Feature(0x1, 0, ECX, 13)
+X86_FEATURE_XTPR: Final = Feature(0x1, 0, ECX, 14)
+X86_FEATURE_PDCM: Final = Feature(0x1, 0, ECX, 15)
+X86_FEATURE_PCID: Final = Feature(0x1, 0, ECX, 17)
+X86_FEATURE_DCA: Final = Feature(0x1, 0, ECX, 18)
+X86_FEATURE_XMM4_1: Final = Feature(0x1, 0, ECX, 19)
+X86_FEATURE_XMM4_2: Final = Feature(0x1, 0, ECX, 20)
+X86_FEATURE_X2APIC: Final = Feature(0x1, 0, ECX, 21)
+X86_FEATURE_MOVBE: Final = Feature(0x1, 0, ECX, 22)
+X86_FEATURE_POPCNT: Final = Feature(0x1, 0, ECX, 23)
+X86_FEATURE_TSC_DEADLINE_TIMER: Final = Feature(0x1, 0, ECX, 24)
+X86_FEATURE_AES: Final = Feature(0x1, 0, ECX, 25)
+X86_FEATURE_XSAVE: Final = Feature(0x1, 0, ECX, 26)
+X86_FEATURE_OSXSAVE: Final = Feature(0x1, 0, ECX, 27)
+X86_FEATURE_AVX: Final = Feature(0x1, 0, ECX, 28)
+X86_FEATURE_F16C: Final = Feature(0x1, 0, ECX, 29)
+X86_FEATURE_RDRAND: Final = Feature(0x1, 0, ECX, 30)
+X86_FEATURE_HYPERVISOR: Final = Feature(0x1, 0, ECX, 31)
+
+# CPUID(0x1, 0).EDX
+X86_FEATURE_FPU: Final = Feature(0x1, 0, EDX, 0)
+X86_FEATURE_VME: Final = Feature(0x1, 0, EDX, 1)
+X86_FEATURE_DE: Final = Feature(0x1, 0, EDX, 2)
+X86_FEATURE_PSE: Final = Feature(0x1, 0, EDX, 3)
+X86_FEATURE_TSC: Final = Feature(0x1, 0, EDX, 4)
+X86_FEATURE_MSR: Final = Feature(0x1, 0, EDX, 5)
+X86_FEATURE_PAE: Final = Feature(0x1, 0, EDX, 6)
+X86_FEATURE_MCE: Final = Feature(0x1, 0, EDX, 7)
+X86_FEATURE_CX8: Final = Feature(0x1, 0, EDX, 8)
+X86_FEATURE_APIC: Final = Feature(0x1, 0, EDX, 9)
+X86_FEATURE_SEP: Final = Feature(0x1, 0, EDX, 11)
+X86_FEATURE_MTRR: Final = Feature(0x1, 0, EDX, 12)
+X86_FEATURE_PGE: Final = Feature(0x1, 0, EDX, 13)
+X86_FEATURE_MCA: Final = Feature(0x1, 0, EDX, 14)
+X86_FEATURE_CMOV: Final = Feature(0x1, 0, EDX, 15)
+X86_FEATURE_PAT: Final = Feature(0x1, 0, EDX, 16)
+X86_FEATURE_PSE36: Final = Feature(0x1, 0, EDX, 17)
+X86_FEATURE_PN: Final = Feature(0x1, 0, EDX, 18)
+X86_FEATURE_CLFLUSH: Final = Feature(0x1, 0, EDX, 19)
+X86_FEATURE_DS: Final = Feature(0x1, 0, EDX, 21)
+X86_FEATURE_ACPI: Final = Feature(0x1, 0, EDX, 22)
+X86_FEATURE_MMX: Final = Feature(0x1, 0, EDX, 23)
+X86_FEATURE_FXSR: Final = Feature(0x1, 0, EDX, 24)
+X86_FEATURE_XMM: Final = Feature(0x1, 0, EDX, 25)
+X86_FEATURE_XMM2: Final = Feature(0x1, 0, EDX, 26)
+X86_FEATURE_SELFSNOOP: Final = Feature(0x1, 0, EDX, 27)
+X86_FEATURE_HT: Final = Feature(0x1, 0, EDX, 28)
+X86_FEATURE_ACC: Final = Feature(0x1, 0, EDX, 29)
+X86_FEATURE_IA64: Final = Feature(0x1, 0, EDX, 30)
+X86_FEATURE_PBE: Final = Feature(0x1, 0, EDX, 31)
+
+# CPUID(0x6, 0).EAX
+X86_FEATURE_DTHERM: Final = Feature(0x6, 0, EAX, 0)
+X86_FEATURE_IDA: Final = Feature(0x6, 0, EAX, 1)
+X86_FEATURE_ARAT: Final = Feature(0x6, 0, EAX, 2)
+X86_FEATURE_PLN: Final = Feature(0x6, 0, EAX, 4)
+X86_FEATURE_PTS: Final = Feature(0x6, 0, EAX, 6)
+X86_FEATURE_HWP: Final = Feature(0x6, 0, EAX, 7)
+X86_FEATURE_HWP_NOTIFY: Final = Feature(0x6, 0, EAX, 8)
+X86_FEATURE_HWP_ACT_WINDOW: Final = Feature(0x6, 0, EAX, 9)
+X86_FEATURE_HWP_EPP: Final = Feature(0x6, 0, EAX, 10)
+X86_FEATURE_HWP_PKG_REQ: Final = Feature(0x6, 0, EAX, 11)
+X86_FEATURE_HWP_HIGHEST_PERF_CHANGE: Final = Feature(0x6, 0, EAX, 15)
+X86_FEATURE_HFI: Final = Feature(0x6, 0, EAX, 19)
+
+# CPUID(0x7, 0).EBX
+X86_FEATURE_FSGSBASE: Final = Feature(0x7, 0, EBX, 0)
+X86_FEATURE_TSC_ADJUST: Final = Feature(0x7, 0, EBX, 1)
+X86_FEATURE_SGX: Final = Feature(0x7, 0, EBX, 2)
+X86_FEATURE_BMI1: Final = Feature(0x7, 0, EBX, 3)
+X86_FEATURE_HLE: Final = Feature(0x7, 0, EBX, 4)
+X86_FEATURE_AVX2: Final = Feature(0x7, 0, EBX, 5)
+X86_FEATURE_FDP_EXCPTN_ONLY: Final = Feature(0x7, 0, EBX, 6)
+X86_FEATURE_SMEP: Final = Feature(0x7, 0, EBX, 7)
+X86_FEATURE_BMI2: Final = Feature(0x7, 0, EBX, 8)
+X86_FEATURE_ERMS: Final = Feature(0x7, 0, EBX, 9)
+X86_FEATURE_INVPCID: Final = Feature(0x7, 0, EBX, 10)
+X86_FEATURE_RTM: Final = Feature(0x7, 0, EBX, 11)
+X86_FEATURE_CQM: Final = Feature(0x7, 0, EBX, 12)
+X86_FEATURE_ZERO_FCS_FDS: Final = Feature(0x7, 0, EBX, 13)
+X86_FEATURE_MPX: Final = Feature(0x7, 0, EBX, 14)
+X86_FEATURE_RDT_A: Final = Feature(0x7, 0, EBX, 15)
+X86_FEATURE_AVX512F: Final = Feature(0x7, 0, EBX, 16)
+X86_FEATURE_AVX512DQ: Final = Feature(0x7, 0, EBX, 17)
+X86_FEATURE_RDSEED: Final = Feature(0x7, 0, EBX, 18)
+X86_FEATURE_ADX: Final = Feature(0x7, 0, EBX, 19)
+X86_FEATURE_SMAP: Final = Feature(0x7, 0, EBX, 20)
+X86_FEATURE_AVX512IFMA: Final = Feature(0x7, 0, EBX, 21)
+X86_FEATURE_CLFLUSHOPT: Final = Feature(0x7, 0, EBX, 23)
+X86_FEATURE_CLWB: Final = Feature(0x7, 0, EBX, 24)
+X86_FEATURE_INTEL_PT: Final = Feature(0x7, 0, EBX, 25)
+X86_FEATURE_AVX512PF: Final = Feature(0x7, 0, EBX, 26)
+X86_FEATURE_AVX512ER: Final = Feature(0x7, 0, EBX, 27)
+X86_FEATURE_AVX512CD: Final = Feature(0x7, 0, EBX, 28)
+X86_FEATURE_SHA_NI: Final = Feature(0x7, 0, EBX, 29)
+X86_FEATURE_AVX512BW: Final = Feature(0x7, 0, EBX, 30)
+X86_FEATURE_AVX512VL: Final = Feature(0x7, 0, EBX, 31)
+
+# CPUID(0x7, 0).ECX
+X86_FEATURE_AVX512VBMI: Final = Feature(0x7, 0, ECX, 1)
+X86_FEATURE_UMIP: Final = Feature(0x7, 0, ECX, 2)
+X86_FEATURE_PKU: Final = Feature(0x7, 0, ECX, 3)
+X86_FEATURE_OSPKE: Final = Feature(0x7, 0, ECX, 4)
+X86_FEATURE_WAITPKG: Final = Feature(0x7, 0, ECX, 5)
+X86_FEATURE_AVX512_VBMI2: Final = Feature(0x7, 0, ECX, 6)
+X86_FEATURE_SHSTK: Final = Feature(0x7, 0, ECX, 7)
+X86_FEATURE_GFNI: Final = Feature(0x7, 0, ECX, 8)
+X86_FEATURE_VAES: Final = Feature(0x7, 0, ECX, 9)
+X86_FEATURE_VPCLMULQDQ: Final = Feature(0x7, 0, ECX, 10)
+X86_FEATURE_AVX512_VNNI: Final = Feature(0x7, 0, ECX, 11)
+X86_FEATURE_AVX512_BITALG: Final = Feature(0x7, 0, ECX, 12)
+X86_FEATURE_TME: Final = Feature(0x7, 0, ECX, 13)
+X86_FEATURE_AVX512_VPOPCNTDQ: Final = Feature(0x7, 0, ECX, 14)
+X86_FEATURE_LA57: Final = Feature(0x7, 0, ECX, 16)
+X86_FEATURE_RDPID: Final = Feature(0x7, 0, ECX, 22)
+X86_FEATURE_BUS_LOCK_DETECT: Final = Feature(0x7, 0, ECX, 24)
+X86_FEATURE_CLDEMOTE: Final = Feature(0x7, 0, ECX, 25)
+X86_FEATURE_MOVDIRI: Final = Feature(0x7, 0, ECX, 27)
+X86_FEATURE_MOVDIR64B: Final = Feature(0x7, 0, ECX, 28)
+X86_FEATURE_ENQCMD: Final = Feature(0x7, 0, ECX, 29)
+X86_FEATURE_SGX_LC: Final = Feature(0x7, 0, ECX, 30)
+
+# CPUID(0x7, 0).EDX
+X86_FEATURE_AVX512_4VNNIW: Final = Feature(0x7, 0, EDX, 2)
+X86_FEATURE_AVX512_4FMAPS: Final = Feature(0x7, 0, EDX, 3)
+X86_FEATURE_FSRM: Final = Feature(0x7, 0, EDX, 4)
+X86_FEATURE_AVX512_VP2INTERSECT: Final = Feature(0x7, 0, EDX, 8)
+X86_FEATURE_SRBDS_CTRL: Final = Feature(0x7, 0, EDX, 9)
+X86_FEATURE_MD_CLEAR: Final = Feature(0x7, 0, EDX, 10)
+X86_FEATURE_RTM_ALWAYS_ABORT: Final = Feature(0x7, 0, EDX, 11)
+X86_FEATURE_TSX_FORCE_ABORT: Final = Feature(0x7, 0, EDX, 13)
+X86_FEATURE_SERIALIZE: Final = Feature(0x7, 0, EDX, 14)
+X86_FEATURE_HYBRID_CPU: Final = Feature(0x7, 0, EDX, 15)
+X86_FEATURE_TSXLDTRK: Final = Feature(0x7, 0, EDX, 16)
+X86_FEATURE_PCONFIG: Final = Feature(0x7, 0, EDX, 18)
+X86_FEATURE_ARCH_LBR: Final = Feature(0x7, 0, EDX, 19)
+X86_FEATURE_IBT: Final = Feature(0x7, 0, EDX, 20)
+X86_FEATURE_AMX_BF16: Final = Feature(0x7, 0, EDX, 22)
+X86_FEATURE_AVX512_FP16: Final = Feature(0x7, 0, EDX, 23)
+X86_FEATURE_AMX_TILE: Final = Feature(0x7, 0, EDX, 24)
+X86_FEATURE_AMX_INT8: Final = Feature(0x7, 0, EDX, 25)
+X86_FEATURE_SPEC_CTRL: Final = Feature(0x7, 0, EDX, 26)
+X86_FEATURE_INTEL_STIBP: Final = Feature(0x7, 0, EDX, 27)
+X86_FEATURE_FLUSH_L1D: Final = Feature(0x7, 0, EDX, 28)
+X86_FEATURE_ARCH_CAPABILITIES: Final = Feature(0x7, 0, EDX, 29)
+X86_FEATURE_CORE_CAPABILITIES: Final = Feature(0x7, 0, EDX, 30)
+X86_FEATURE_SPEC_CTRL_SSBD: Final = Feature(0x7, 0, EDX, 31)
+
+# CPUID(0x7, 1).EAX
+X86_FEATURE_AVX_VNNI: Final = Feature(0x7, 1, EAX, 4)
+X86_FEATURE_AVX512_BF16: Final = Feature(0x7, 1, EAX, 5)
+X86_FEATURE_CMPCCXADD: Final = Feature(0x7, 1, EAX, 7)
+X86_FEATURE_ARCH_PERFMON_EXT: Final = Feature(0x7, 1, EAX, 8)
+X86_FEATURE_FZRM: Final = Feature(0x7, 1, EAX, 10)
+X86_FEATURE_FSRS: Final = Feature(0x7, 1, EAX, 11)
+X86_FEATURE_FSRC: Final = Feature(0x7, 1, EAX, 12)
+X86_FEATURE_FRED: Final = Feature(0x7, 1, EAX, 17)
+X86_FEATURE_LKGS: Final = Feature(0x7, 1, EAX, 18)
+X86_FEATURE_WRMSRNS: Final = Feature(0x7, 1, EAX, 19)
+X86_FEATURE_AMX_FP16: Final = Feature(0x7, 1, EAX, 21)
+X86_FEATURE_AVX_IFMA: Final = Feature(0x7, 1, EAX, 23)
+X86_FEATURE_LAM: Final = Feature(0x7, 1, EAX, 26)
+
+# CPUID(0x7, 1).EDX
+X86_FEATURE_AVX_VNNI_INT8: Final = Feature(0x7, 1, EDX, 4)
+X86_FEATURE_AVX_NE_CONVERT: Final = Feature(0x7, 1, EDX, 5)
+X86_FEATURE_AMX_COMPLEX: Final = Feature(0x7, 1, EDX, 8)
+X86_FEATURE_PREFETCHITI: Final = Feature(0x7, 1, EDX, 14)
+X86_FEATURE_AVX10: Final = Feature(0x7, 1, EDX, 19)
+
+# CPUID(0x7, 2).EDX
+X86_FEATURE_INTEL_PSFD: Final = Feature(0x7, 2, EDX, 0)
+X86_FEATURE_IPRED_CTRL: Final = Feature(0x7, 2, EDX, 1)
+X86_FEATURE_RRSBA_CTRL: Final = Feature(0x7, 2, EDX, 2)
+X86_FEATURE_DDPD_U: Final = Feature(0x7, 2, EDX, 3)
+X86_FEATURE_BHI_CTRL: Final = Feature(0x7, 2, EDX, 4)
+X86_FEATURE_MCDT_NO: Final = Feature(0x7, 2, EDX, 5)
+
+# CPUID(0xD, 1).EAX
+X86_FEATURE_XSAVEOPT: Final = Feature(0xD, 1, EAX, 0)
+X86_FEATURE_XSAVEC: Final = Feature(0xD, 1, EAX, 1)
+X86_FEATURE_XGETBV1: Final = Feature(0xD, 1, EAX, 2)
+X86_FEATURE_XSAVES: Final = Feature(0xD, 1, EAX, 3)
+X86_FEATURE_XFD: Final = Feature(0xD, 1, EAX, 4)
+
+# CPUID(0x12, 0).EAX
+X86_FEATURE_SGX1: Final = Feature(0x12, 0, EAX, 0)
+X86_FEATURE_SGX2: Final = Feature(0x12, 0, EAX, 1)
+X86_FEATURE_SGX_EDECCSSA: Final = Feature(0x12, 0, EAX, 11)
+
+# CPUID(0x24, 0).EBX
+X86_FEATURE_AVX10_128: Final = Feature(0x24, 0, EBX, 16)
+X86_FEATURE_AVX10_256: Final = Feature(0x24, 0, EBX, 17)
+X86_FEATURE_AVX10_512: Final = Feature(0x24, 0, EBX, 18)
+
+# CPUID(0x80000001, 0).ECX
+X86_FEATURE_LAHF_LM: Final = Feature(0x80000001, 0, ECX, 0)
+X86_FEATURE_CMP_LEGACY: Final = Feature(0x80000001, 0, ECX, 1)
+X86_FEATURE_SVM: Final = Feature(0x80000001, 0, ECX, 2)
+X86_FEATURE_EXTAPIC: Final = Feature(0x80000001, 0, ECX, 3)
+X86_FEATURE_CR8_LEGACY: Final = Feature(0x80000001, 0, ECX, 4)
+X86_FEATURE_ABM: Final = Feature(0x80000001, 0, ECX, 5)
+X86_FEATURE_SSE4A: Final = Feature(0x80000001, 0, ECX, 6)
+X86_FEATURE_MISALIGNSSE: Final = Feature(0x80000001, 0, ECX, 7)
+X86_FEATURE_3DNOWPREFETCH: Final = Feature(0x80000001, 0, ECX, 8)
+X86_FEATURE_OSVW: Final = Feature(0x80000001, 0, ECX, 9)
+X86_FEATURE_IBS: Final = Feature(0x80000001, 0, ECX, 10)
+X86_FEATURE_XOP: Final = Feature(0x80000001, 0, ECX, 11)
+X86_FEATURE_SKINIT: Final = Feature(0x80000001, 0, ECX, 12)
+X86_FEATURE_WDT: Final = Feature(0x80000001, 0, ECX, 13)
+X86_FEATURE_LWP: Final = Feature(0x80000001, 0, ECX, 15)
+X86_FEATURE_FMA4: Final = Feature(0x80000001, 0, ECX, 16)
+X86_FEATURE_TCE: Final = Feature(0x80000001, 0, ECX, 17)
+X86_FEATURE_NODEID_MSR: Final = Feature(0x80000001, 0, ECX, 19)
+X86_FEATURE_TBM: Final = Feature(0x80000001, 0, ECX, 21)
+X86_FEATURE_TOPOEXT: Final = Feature(0x80000001, 0, ECX, 22)
+X86_FEATURE_PERFCTR_CORE: Final = Feature(0x80000001, 0, ECX, 23)
+X86_FEATURE_PERFCTR_NB: Final = Feature(0x80000001, 0, ECX, 24)
+X86_FEATURE_BPEXT: Final = Feature(0x80000001, 0, ECX, 26)
+X86_FEATURE_PTSC: Final = Feature(0x80000001, 0, ECX, 27)
+X86_FEATURE_PERFCTR_LLC: Final = Feature(0x80000001, 0, ECX, 28)
+X86_FEATURE_MWAITX: Final = Feature(0x80000001, 0, ECX, 29)
+
+# CPUID(0x80000001, 0).EDX
+X86_FEATURE_SYSCALL: Final = Feature(0x80000001, 0, EDX, 11)
+X86_FEATURE_MP: Final = Feature(0x80000001, 0, EDX, 19)
+X86_FEATURE_NX: Final = Feature(0x80000001, 0, EDX, 20)
+X86_FEATURE_MMXEXT: Final = Feature(0x80000001, 0, EDX, 22)
+X86_FEATURE_FXSR_OPT: Final = Feature(0x80000001, 0, EDX, 25)
+X86_FEATURE_GBPAGES: Final = Feature(0x80000001, 0, EDX, 26)
+X86_FEATURE_RDTSCP: Final = Feature(0x80000001, 0, EDX, 27)
+X86_FEATURE_LM: Final = Feature(0x80000001, 0, EDX, 29)
+X86_FEATURE_3DNOWEXT: Final = Feature(0x80000001, 0, EDX, 30)
+X86_FEATURE_3DNOW: Final = Feature(0x80000001, 0, EDX, 31)
+
+# CPUID(0x80000007, 0).EBX
+X86_FEATURE_OVERFLOW_RECOV: Final = Feature(0x80000007, 0, EBX, 0)
+X86_FEATURE_SUCCOR: Final = Feature(0x80000007, 0, EBX, 1)
+X86_FEATURE_SMCA: Final = Feature(0x80000007, 0, EBX, 3)
+
+# CPUID(0x80000007, 0).EDX
+X86_FEATURE_CONSTANT_TSC: Final = Feature(0x80000007, 0, EDX, 8)
+
+# CPUID(0x80000008, 0).EBX
+X86_FEATURE_CLZERO: Final = Feature(0x80000008, 0, EBX, 0)
+X86_FEATURE_IRPERF: Final = Feature(0x80000008, 0, EBX, 1)
+X86_FEATURE_XSAVEERPTR: Final = Feature(0x80000008, 0, EBX, 2)
+X86_FEATURE_RDPRU: Final = Feature(0x80000008, 0, EBX, 4)
+X86_FEATURE_WBNOINVD: Final = Feature(0x80000008, 0, EBX, 9)
+X86_FEATURE_AMD_IBPB: Final = Feature(0x80000008, 0, EBX, 12)
+X86_FEATURE_AMD_IBRS: Final = Feature(0x80000008, 0, EBX, 14)
+X86_FEATURE_AMD_STIBP: Final = Feature(0x80000008, 0, EBX, 15)
+X86_FEATURE_AMD_STIBP_ALWAYS_ON: Final = Feature(0x80000008, 0, EBX, 17)
+X86_FEATURE_AMD_PPIN: Final = Feature(0x80000008, 0, EBX, 23)
+X86_FEATURE_AMD_SSBD: Final = Feature(0x80000008, 0, EBX, 24)
+X86_FEATURE_VIRT_SSBD: Final = Feature(0x80000008, 0, EBX, 25)
+X86_FEATURE_AMD_SSB_NO: Final = Feature(0x80000008, 0, EBX, 26)
+X86_FEATURE_CPPC: Final = Feature(0x80000008, 0, EBX, 27)
+X86_FEATURE_AMD_PSFD: Final = Feature(0x80000008, 0, EBX, 28)
+X86_FEATURE_BTC_NO: Final = Feature(0x80000008, 0, EBX, 29)
+X86_FEATURE_AMD_IBPB_RET: Final = Feature(0x80000008, 0, EBX, 30)
+X86_FEATURE_BRS: Final = Feature(0x80000008, 0, EBX, 31)
+
+# CPUID(0x8000000A, 0).EDX
+X86_FEATURE_NPT: Final = Feature(0x8000000A, 0, EDX, 0)
+X86_FEATURE_LBRV: Final = Feature(0x8000000A, 0, EDX, 1)
+X86_FEATURE_SVML: Final = Feature(0x8000000A, 0, EDX, 2)
+X86_FEATURE_NRIPS: Final = Feature(0x8000000A, 0, EDX, 3)
+X86_FEATURE_TSCRATEMSR: Final = Feature(0x8000000A, 0, EDX, 4)
+X86_FEATURE_VMCBCLEAN: Final = Feature(0x8000000A, 0, EDX, 5)
+X86_FEATURE_FLUSHBYASID: Final = Feature(0x8000000A, 0, EDX, 6)
+X86_FEATURE_DECODEASSISTS: Final = Feature(0x8000000A, 0, EDX, 7)
+X86_FEATURE_PAUSEFILTER: Final = Feature(0x8000000A, 0, EDX, 10)
+X86_FEATURE_PFTHRESHOLD: Final = Feature(0x8000000A, 0, EDX, 12)
+X86_FEATURE_AVIC: Final = Feature(0x8000000A, 0, EDX, 13)
+X86_FEATURE_V_VMSAVE_VMLOAD: Final = Feature(0x8000000A, 0, EDX, 15)
+X86_FEATURE_VGIF: Final = Feature(0x8000000A, 0, EDX, 16)
+X86_FEATURE_X2AVIC: Final = Feature(0x8000000A, 0, EDX, 18)
+X86_FEATURE_V_SPEC_CTRL: Final = Feature(0x8000000A, 0, EDX, 20)
+X86_FEATURE_VNMI: Final = Feature(0x8000000A, 0, EDX, 25)
+X86_FEATURE_SVME_ADDR_CHK: Final = Feature(0x8000000A, 0, EDX, 28)
+
+# CPUID(0x8000001F, 0).EAX
+X86_FEATURE_SME: Final = Feature(0x8000001F, 0, EAX, 0)
+X86_FEATURE_SEV: Final = Feature(0x8000001F, 0, EAX, 1)
+X86_FEATURE_VM_PAGE_FLUSH: Final = Feature(0x8000001F, 0, EAX, 2)
+X86_FEATURE_SEV_ES: Final = Feature(0x8000001F, 0, EAX, 3)
+X86_FEATURE_SEV_SNP: Final = Feature(0x8000001F, 0, EAX, 4)
+X86_FEATURE_V_TSC_AUX: Final = Feature(0x8000001F, 0, EAX, 9)
+X86_FEATURE_SME_COHERENT: Final = Feature(0x8000001F, 0, EAX, 10)
+X86_FEATURE_DEBUG_SWAP: Final = Feature(0x8000001F, 0, EAX, 14)
+X86_FEATURE_SVSM: Final = Feature(0x8000001F, 0, EAX, 28)
+X86_FEATURE_HV_INUSE_WR_ALLOWED: Final = Feature(0x8000001F, 0, EAX, 30)
+
+# CPUID(0x80000021, 0).EAX
+X86_FEATURE_NO_NESTED_DATA_BP: Final = Feature(0x80000021, 0, EAX, 0)
+X86_FEATURE_WRMSR_XX_BASE_NS: Final = Feature(0x80000021, 0, EAX, 1)
+X86_FEATURE_LFENCE_RDTSC: Final = Feature(0x80000021, 0, EAX, 2)
+X86_FEATURE_VERW_CLEAR: Final = Feature(0x80000021, 0, EAX, 5)
+X86_FEATURE_NULL_SEL_CLR_BASE: Final = Feature(0x80000021, 0, EAX, 6)
+X86_FEATURE_AUTOIBRS: Final = Feature(0x80000021, 0, EAX, 8)
+X86_FEATURE_NO_SMM_CTL_MSR: Final = Feature(0x80000021, 0, EAX, 9)
+X86_FEATURE_SBPB: Final = Feature(0x80000021, 0, EAX, 27)
+X86_FEATURE_IBPB_BRTYPE: Final = Feature(0x80000021, 0, EAX, 28)
+X86_FEATURE_SRSO_NO: Final = Feature(0x80000021, 0, EAX, 29)
+X86_FEATURE_SRSO_USER_KERNEL_NO: Final = Feature(0x80000021, 0, EAX, 30)
+X86_FEATURE_SRSO_BP_SPEC_REDUCE: Final = Feature(0x80000021, 0, EAX, 31)
+
+# CPUID(0x80000021, 0).ECX
+X86_FEATURE_TSA_SQ_NO: Final = Feature(0x80000021, 0, ECX, 1)
+X86_FEATURE_TSA_L1_NO: Final = Feature(0x80000021, 0, ECX, 2)
+X86_FEATURE_TSA_FILL_NO: Final = Feature(0x80000021, 0, ECX, 7)
+
+# CPUID(0x80000022, 0).EAX
+X86_FEATURE_PERFMON_V2: Final = Feature(0x80000022, 0, EAX, 0)
+
+FEATURES: Final[dict[str, Feature]] = {
+    name.removeprefix("X86_FEATURE_"): value for name, value in globals().items() if isinstance(value, Feature)
+}
+
+# Vendor strings, in the order EBX, EDX, ECX.
+VENDOR_INTEL: Final = b"GenuineIntel"
+VENDOR_AMD: Final = b"AuthenticAMD"
+VENDOR_HYGON: Final = b"HygonGenuine"
+
+# The first leaf of each range.
+CPUID_BASIC: Final = 0x00000000
+CPUID_HYPERVISOR: Final = 0x40000000
+CPUID_EXTENDED: Final = 0x80000000
+CPUID_CENTAUR: Final = 0xC0000000
+
+# Hyper-V's leaves (TLFS ch. 2)
+HYPERV_CPUID_VENDOR_AND_MAX_FUNCTIONS: Final = 0x40000000
+HYPERV_CPUID_INTERFACE: Final = 0x40000001
+HYPERV_CPUID_VERSION: Final = 0x40000002
+HYPERV_CPUID_FEATURES: Final = 0x40000003
+HYPERV_CPUID_ENLIGHTMENT_INFO: Final = 0x40000004
+HYPERV_CPUID_IMPLEMENT_LIMITS: Final = 0x40000005
+HYPERV_CPUID_NESTED_FEATURES: Final = 0x4000000A
+HYPERV_CPUID_SYNDBG_VENDOR_AND_MAX_FUNCTIONS: Final = 0x40000080
+HYPERV_CPUID_SYNDBG_INTERFACE: Final = 0x40000081
+HYPERV_CPUID_SYNDBG_PLATFORM_CAPABILITIES: Final = 0x40000082
