@@ -65,15 +65,15 @@ class WorkerHost:
         self._fuse, self.uid, self.gid = fuse, uid, gid
         self._channel: Channel | None = None
         self._operations: NodeOperations | None = None
+        self._copies: Callable[[int], None] = lambda inode: None
         # By id(request): what guest_memory() began and finish() is to end, and what needs no answer any more.
         self._pending: dict[int, tuple[bool, list[int]]] = {}
         self._answered: set[int] = set()
         self._views = KvmRunViews(maps, device)
-        self._pages: dict[int, bytearray] = {}
 
-    def connect(self, channel: Channel, operations: NodeOperations) -> None:
-        """The channel and file system that serve the VM's files."""
-        self._channel, self._operations = channel, operations
+    def connect(self, channel: Channel, operations: NodeOperations, copies: Callable[[int], None]) -> None:
+        """The channel and file system that serve the VM's files; ``copies`` is told of inodes without passthrough."""
+        self._channel, self._operations, self._copies = channel, operations, copies
         self.may_block = channel.may_block
 
     # ---- exchanges with the broker ------------------------------------------------------------------
@@ -111,7 +111,8 @@ class WorkerHost:
                 if kvm_run is not None and backing:
                     channel.set_backing(inode, backing)
                 elif kvm_run is not None:
-                    page = self._pages[inode] = bytearray(size)
+                    page = bytearray(size)
+                    self._copies(inode)
                 operations.add_node(inode, name, mode=VM_FILE_MODE, uid=self.uid, gid=self.gid, size=size, data=page)
                 req.reply(0)
                 answered = True
@@ -123,7 +124,6 @@ class WorkerHost:
             except OSError as error:
                 with contextlib.suppress(LookupError):
                     operations.remove_node(inode)
-                self._pages.pop(inode, None)
                 if not answered:
                     req.reply(-(error.errno or errno.EIO))
                 raise

@@ -81,11 +81,13 @@ class Node:
         self._channel.run(self._operations)
 
     def stop(self) -> None:
-        """End :meth:`serve`, also when clients still hold the node."""
-        try:
-            trio.from_thread.run_sync(pyfuse3.terminate, trio_token=pyfuse3.trio_token)
-        except (trio.RunFinishedError, AttributeError, TypeError):
-            pass
+        """End :meth:`serve`, also when clients still hold the node.  Any thread but the main one."""
+        token = pyfuse3.trio_token
+        if token is not None:           # otherwise the loop is over
+            try:
+                trio.from_thread.run_sync(pyfuse3.terminate, trio_token=token)
+            except trio.RunFinishedError:
+                pass
 
     def unregister(self) -> None:
         """The node goes from the file system; descriptors of it stay usable until the daemon ends."""

@@ -24,7 +24,7 @@ from kvmfs.api.dispatch import VmDispatcher
 from kvmfs.client.process import Process
 from kvmfs.fuse.channel import Channel
 from kvmfs.fuse.operations import NodeOperations
-from kvmfs.kvm.kvm_main import VM_INODE, Vm
+from kvmfs.kvm.kvm_main import VCPU_INODE, VM_INODE, Vm
 
 log = logging.getLogger("kvmd.worker")
 
@@ -72,7 +72,7 @@ class Worker:
                                passthrough=host.passthrough, max_idle=MAX_IDLE)
         self.operations = NodeOperations(opened=self._opened, released=self._released, uid=host.uid, gid=host.gid)
         self.operations.add_node(VM_INODE, VM_FILE, mode=VM_FILE_MODE, uid=host.uid, gid=host.gid)
-        host.connect(self.channel, self.operations)
+        host.connect(self.channel, self.operations, self._copies)
         self._open_files = 0
 
     def run(self, link: Link) -> None:
@@ -89,6 +89,10 @@ class Worker:
             # The other threads are in the kernel or in the guest; nothing of them is left to be done.
             os._exit(0)
 
+    def _copies(self, inode: int) -> None:
+        """There is no passthrough: this vCPU's kvm_run is copied at each KVM_RUN."""
+        self.vm.vcpus[inode - VCPU_INODE].copy_run = True
+
     # ---- end of life --------------------------------------------------------------------------------
 
     def _opened(self, inode: int, context: object) -> None:
@@ -100,10 +104,13 @@ class Worker:
             pyfuse3.terminate()         # pyfuse3 calls this in its own loop
 
     def _stop(self) -> None:
-        try:
-            trio.from_thread.run_sync(pyfuse3.terminate, trio_token=pyfuse3.trio_token)
-        except (trio.RunFinishedError, AttributeError, TypeError):
+        token = pyfuse3.trio_token
+        if token is None:
             os._exit(0)                 # the loop has not begun, or is over
+        try:
+            trio.from_thread.run_sync(pyfuse3.terminate, trio_token=token)
+        except trio.RunFinishedError:
+            pass
 
     # ---- the daemon's wishes ------------------------------------------------------------------------
 
