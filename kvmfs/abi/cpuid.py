@@ -16,8 +16,8 @@ EDX: Final = 3
 class Feature(NamedTuple):
     """One bit of CPUID."""
 
-    function: int
-    index: int
+    leaf: int
+    subleaf: int
     reg: int
     bit: int
 
@@ -358,7 +358,9 @@ X86_FEATURE_TSA_FILL_NO: Final = Feature(0x80000021, 0, ECX, 7)
 X86_FEATURE_PERFMON_V2: Final = Feature(0x80000022, 0, EAX, 0)
 
 FEATURES: Final[dict[str, Feature]] = {
-    name.removeprefix("X86_FEATURE_"): value for name, value in globals().items() if isinstance(value, Feature)
+    name.removeprefix("X86_FEATURE_"): value
+    for name, value in globals().items()
+    if isinstance(value, Feature)
 }
 
 # Vendor strings, in the order EBX, EDX, ECX.

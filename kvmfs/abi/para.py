@@ -7,7 +7,7 @@ The MSR numbers are in kvmfs.abi.msrs, the structs in guest memory in kvmfs.abi.
 from typing import Final
 
 # CPUID 0x40000000: the signature in EBX, ECX, EDX; 0x40000001: features in EAX, hints in EDX
-KVM_CPUID_SIGNATURE: Final = 1 << 30
+KVM_CPUID_SIGNATURE: Final = 0x40000000
 KVM_CPUID_FEATURES: Final = 0x40000001
 
 # Features: bit numbers
@@ -49,7 +49,7 @@ KVM_EOPNOTSUPP: Final = 95
 
 # MSR_KVM_STEAL_TIME, kvm_steal_time.preempted
 KVM_STEAL_ALIGNMENT_BITS: Final = 5
-KVM_STEAL_VALID_BITS: Final = 18446744073709551552
+KVM_STEAL_VALID_BITS: Final = 0xFFFFFFFFFFFFFFC0
 KVM_STEAL_RESERVED_MASK: Final = 0x3E
 KVM_VCPU_PREEMPTED: Final = 1 << 0
 KVM_VCPU_FLUSH_TLB: Final = 1 << 1
@@ -58,7 +58,7 @@ KVM_VCPU_FLUSH_TLB: Final = 1 << 1
 KVM_CLOCK_PAIRING_WALLCLOCK: Final = 0
 
 # MSR_KVM_ASYNC_PF_EN, _INT, kvm_vcpu_pv_apf_data.flags
-KVM_ASYNC_PF_ENABLED: Final = 1
+KVM_ASYNC_PF_ENABLED: Final = 1 << 0
 KVM_ASYNC_PF_SEND_ALWAYS: Final = 1 << 1
 KVM_ASYNC_PF_DELIVERY_AS_PF_VMEXIT: Final = 1 << 2
 KVM_ASYNC_PF_DELIVERY_AS_INT: Final = 1 << 3
@@ -73,13 +73,13 @@ KVM_MIGRATION_READY: Final = 1 << 0
 KVM_MAP_GPA_RANGE_PAGE_SZ_4K: Final = 0
 KVM_MAP_GPA_RANGE_PAGE_SZ_2M: Final = 1 << 0
 KVM_MAP_GPA_RANGE_PAGE_SZ_1G: Final = 1 << 1
-KVM_MAP_GPA_RANGE_ENCRYPTED: Final = 16
+KVM_MAP_GPA_RANGE_ENCRYPTED: Final = 1 << 4
 KVM_MAP_GPA_RANGE_DECRYPTED: Final = 0
 
 # MSR_KVM_PV_EOI_EN
 KVM_PV_EOI_BIT: Final = 0
 KVM_PV_EOI_MASK: Final = 1 << 0
-KVM_PV_EOI_ENABLED: Final = 1
+KVM_PV_EOI_ENABLED: Final = 1 << 0
 KVM_PV_EOI_DISABLED: Final = 0
 
 # pvclock_vcpu_time_info.flags
