@@ -1,0 +1,292 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""One vCPU: its state, its events, and running it until something needs the machine.
+
+Numbers follow AMD's APM volume 2 (SVM): exit codes, segment attributes, intercepts. After an exit the guest's state is simply
+there; nothing has to be copied. How each exit leaves the registers is written at :class:`Cpu.run`.
+
+EFER is not passed through (as the SYSCALL MSRs are): its SVME bit must stay set in the engine and must not be seen by the
+guest, so RDMSR and WRMSR of it exit and :attr:`Cpu.efer` hides the bit. Debug registers are state only: breakpoints do not fire
+(QEMU's would end in its debugger), therefore MOV to DR7 exits (0x37).
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterable, Sequence
+from struct import Struct
+from typing import Final, NamedTuple
+
+from kvmfs.cpu.fields import StateFields
+from kvmfs.cpu.layout import CpuState, VcpuInfo
+
+EXIT_NONE: Final = 0
+EXIT_SVM: Final = 1
+EXIT_IO_IN: Final = 2
+EXIT_IO_OUT: Final = 3
+EXIT_MMIO_READ: Final = 4
+EXIT_MMIO_WRITE: Final = 5
+EXIT_FETCH: Final = 6
+
+_GPRS: Final = Struct("<16Q")
+_RESET_INTERCEPTS: Final = (
+    15,  # RDPMC
+    18,  # CPUID
+    19,  # RSM
+    22,  # INVD
+    24,  # HLT
+    28,  # MSR
+    31,  # SHUTDOWN
+    *range(32, 39),  # VMRUN VMMCALL VMLOAD VMSAVE STGI CLGI SKINIT
+    40,  # ICEBP, delivered natively as #DB
+    42,  # MONITOR
+    43,  # MWAIT
+)
+# Numbers of 32 bits with, each, two bits in the permission map; APM 15.11
+_MSR_RANGES: Final = ((0, 0x2000, 0), (0xC0000000, 0xC0002000, 0x2000), (0xC0010000, 0xC0012000, 0x4000))
+_PASSED_MSRS: Final = (
+    0x174, 0x175, 0x176,  # SYSENTER_CS _ESP _EIP
+    0x277,  # PAT
+    0xC0000081, 0xC0000082, 0xC0000083, 0xC0000084,  # STAR LSTAR CSTAR FMASK
+    0xC0000100, 0xC0000101, 0xC0000102, 0xC0000103,  # FS_BASE GS_BASE KERNEL_GS_BASE TSC_AUX
+)  # fmt: skip
+_CS, _LDTR, _TR = 1, 6, 7
+_HF2_GIF, _HF2_NMI, _HF2_VINTR_MASKING = 1, 4, 8
+
+
+class Injection(NamedTuple):
+    """An event that was given and is not delivered yet. kind: "interrupt", "nmi", "exception" or "soft"."""
+
+    kind: str
+    vector: int
+    error_code: int | None
+
+
+class Cpu(StateFields):
+    """One vCPU. Everything but :meth:`kick` is for one thread at a time, while the vCPU does not run."""
+
+    def __init__(self, lib: ctypes.CDLL, pointer: int, index: int) -> None:
+        """For :meth:`Engine.create_cpu` only."""
+        self.index = index
+        self._lib = lib
+        self._ptr = ctypes.c_void_p(pointer)
+        self._info = VcpuInfo.from_address(pointer)
+        self._has_error_code = False
+        self.exit = self._info.exit
+        self.data = memoryview(self.exit.data).cast("B")
+        self._nv_run: Callable[[ctypes.c_void_p], int] = lib.nv_run
+        self._nv_complete: Callable[[ctypes.c_void_p], int] = lib.nv_complete
+        self.rebind()
+        self.reset()
+
+    def rebind(self) -> None:
+        """Look where the state lives now (it moves once, when the engine gets its second vCPU)."""
+        self._s = CpuState.from_address(self._info.state)
+
+    def reset(self) -> None:
+        """The state after RESET (SDM volume 3, table 11-1) with the default intercepts. No event is pending."""
+        s = self._s
+        ctypes.memset(ctypes.addressof(s), 0, ctypes.sizeof(s))
+        for i in range(8):
+            self.set_segment(i, 0, 0, 0xFFFF, {_LDTR: 0x082, _TR: 0x08B}.get(i, 0x093))
+        self.set_segment(_CS, 0xF000, 0xFFFF0000, 0xFFFF, 0x09B)
+        s.gdt.limit = s.idt.limit = 0xFFFF
+        s.rip = 0xFFF0
+        s.rflags = 2
+        s.cr[0] = 0x60000010
+        s.dr[6] = 0xFFFF0FF0
+        s.dr[7] = 0x400
+        s.a20_mask = -1
+        s.efer = 1 << 12
+        s.pat = 0x0007040600070406
+        s.xcr0 = 1
+        s.hflags2 = _HF2_GIF | _HF2_VINTR_MASKING
+        s.old_exception = -1
+        s.vm_vmcb = self._info.vmcb_gpa
+        fx = bytearray(512)
+        fx[0:2] = (0x37F).to_bytes(2, "little")
+        fx[24:28] = (0x1F80).to_bytes(4, "little")
+        self.fxrstor(bytes(fx))
+        self.cancel_injection()
+        self.set_intercept(*_RESET_INTERCEPTS)
+        self.set_exception_intercepts(0)
+        s.intercept_dr_write = 0x80
+        for msr in _PASSED_MSRS:
+            self.msr_passthrough(msr, True, True)
+        self.commit_state()
+
+    # --- running ---
+
+    def run(self) -> int:
+        """Enter the guest (after completing what the last exit left open) until something happens; the kind of exit.
+
+        - EXIT_NONE: kicked. The guest may have run.
+        - EXIT_SVM: ``exit.code``, ``info1``, ``info2``; rip is at the instruction (traps: after it). VMCALL is 0x81 with
+          info1 = 1. A page fault that is intercepted has its address in info2 and leaves CR2.
+        - EXIT_IO_IN, EXIT_IO_OUT: ``exit.port``, ``size`` (1, 2, 4), ``count``, ``string``; :attr:`data` holds what OUT writes, and takes
+          count * size bytes before IN is completed. rip is at the instruction, except that OUTS is done, one element an exit, and
+          OUT to port 0x7e too.
+        - EXIT_MMIO_READ: ``exit.gpa``, ``size`` (at most 8, within a page); put the bytes into :attr:`data`. Nothing changed yet.
+        - EXIT_MMIO_WRITE: the same with what was written; the instruction is completed. More may come before the guest runs.
+        - EXIT_FETCH: ``exit.gpa`` is executed and is no memory.
+        """
+        return self._nv_run(self._ptr)
+
+    def complete_io_in(self, data: bytes | bytearray | memoryview) -> int:
+        """IN or INS gets its data (count * size bytes). 0, or the kind of a further exit (INS into MMIO)."""
+        self.data[: len(data)] = data
+        return self._nv_complete(self._ptr)
+
+    def complete_io_out(self) -> int:
+        """OUT is over. 0, or EXIT_SVM when a single-step trap is intercepted."""
+        return self._nv_complete(self._ptr)
+
+    def complete_mmio_read(self, data: bytes | bytearray | memoryview) -> int:
+        """The read gets its bytes. 0 when the instruction is completed, or the kind of its next exit."""
+        self.data[: len(data)] = data
+        return self._nv_complete(self._ptr)
+
+    def complete(self) -> int:
+        """Complete what is open with what :attr:`data` holds, without entering the guest. 0, or a further exit."""
+        return self._nv_complete(self._ptr)
+
+    @property
+    def completion_pending(self) -> bool:
+        """Whether the last I/O exit is still to be completed."""
+        return self._info.pend != 0
+
+    def skip_instruction(self, length: int) -> None:
+        """Step over the instruction at rip: interrupt shadow and RF end, a single-step trap becomes pending."""
+        self._lib.nv_skip(self._ptr, length)
+
+    def insn_bytes(self, count: int = 15) -> bytes:
+        """Up to count bytes at cs:rip; fewer where memory ends."""
+        buffer = ctypes.create_string_buffer(count)
+        return buffer.raw[: self._lib.nv_insn_bytes(self._ptr, buffer, count)]
+
+    def translate(self, address: int) -> int | None:
+        """The guest physical address of a linear one by the guest's page tables, None when it is not present."""
+        gpa: int = self._lib.nv_translate(self._ptr, address)
+        return None if gpa == (1 << 64) - 1 else gpa
+
+    def kick(self) -> None:
+        """From any thread: the run that is going on, or the next one, returns EXIT_NONE soon. Never lost."""
+        self._lib.nv_kick(self._ptr)
+
+    def clear_kick(self) -> None:
+        """Forget a kick that has not ended a run yet."""
+        self._info.kick = 0
+
+    # --- events ---
+
+    def inject_interrupt(self, vector: int) -> None:
+        """Deliver an external interrupt at the next entry (or, when it is not allowed yet, as soon as it is)."""
+        self._info.intr_vector = vector
+
+    @property
+    def interrupt_allowed(self) -> bool:
+        """IF is set, no shadow, and no other event has to go first."""
+        info, s = self._info, self._s
+        return bool(s.rflags & 0x200) and not s.hflags & 8 and info.intr_vector < 0 and info.exc_vector < 0
+
+    def set_interrupt_window(self, on: bool) -> None:
+        """Exit with 0x64 as soon as an interrupt could be delivered, after one that is being injected. One exit each."""
+        self._info.window = on
+
+    def inject_nmi(self) -> None:
+        """Deliver an NMI at the next entry, or when the guest's IRET ends NMI blocking."""
+        self._info.nmi = 1
+
+    def inject_exception(self, vector: int, error_code: int | None = None, *, soft: bool = False) -> None:
+        """Deliver an exception before the next instruction, with double-fault rules; CR2 is the caller's.
+
+        error_code matters for the vectors that push one. soft: an INT n, INT3 or INTO, whose rip is already after it.
+        """
+        info = self._info
+        info.exc_vector = vector
+        info.exc_error = error_code or 0
+        info.exc_soft = soft
+        self._has_error_code = error_code is not None
+
+    def pending_injection(self) -> list[Injection]:
+        """What was given and not delivered, in the order in which it would be."""
+        info = self._info
+        found = []
+        if info.exc_vector >= 0:
+            code = info.exc_error if self._has_error_code else None
+            found.append(Injection("soft" if info.exc_soft else "exception", info.exc_vector, code))
+        if info.nmi:
+            found.append(Injection("nmi", 2, None))
+        if info.intr_vector >= 0:
+            found.append(Injection("interrupt", info.intr_vector, None))
+        return found
+
+    def cancel_injection(self) -> None:
+        """Take back everything that is not delivered, the interrupt window too."""
+        info = self._info
+        info.exc_vector = info.intr_vector = -1
+        info.nmi = info.window = 0
+
+    # --- intercepts ---
+
+    def set_intercept(self, *bits: int) -> None:
+        """Intercept exactly these; bit n is exit code 0x60 + n. Without HLT, SHUTDOWN or ICEBP the engine would hang: they stay."""
+        mask = 1 << 24 | 1 << 31 | 1 << 40
+        for bit in bits:
+            mask |= 1 << bit
+        self._s.intercept = mask & ~(1 << 4)
+
+    def set_exception_intercepts(self, mask: int) -> None:
+        """Bit n: exception n exits with 0x40 + n before it is delivered (info1: its error code)."""
+        self._info.ud_exits = mask >> 6 & 1
+        self._s.intercept_exceptions = mask | 1 << 6
+
+    def set_register_intercepts(self, *, cr_read: int = 0, cr_write: int = 0, dr_read: int = 0, dr_write: int = 0x80) -> None:
+        """Bit n: MOV from or to CRn (exit codes 0x00, 0x10 + n), DRn (0x20, 0x30 + n). DR7 writes must exit."""
+        s = self._s
+        s.intercept_cr_read, s.intercept_cr_write = cr_read, cr_write
+        s.intercept_dr_read, s.intercept_dr_write = dr_read, dr_write | 0x80
+
+    def msr_passthrough(self, msr: int, read: bool, write: bool) -> None:
+        """Whether RDMSR / WRMSR of an MSR that the engine has go without exit. ValueError: outside the map's ranges."""
+        for low, high, at in _MSR_RANGES:
+            if low <= msr < high:
+                bit = 2 * (msr - low + at)
+                byte = ctypes.c_uint8.from_address(self._info.vmcb + 0x1000 + bit // 8)
+                byte.value = byte.value & ~(3 << bit % 8) | ((not read) | (not write) << 1) << bit % 8
+                return
+        raise ValueError(f"MSR {msr:#x}")
+
+    # --- registers ---
+
+    def get_gprs(self) -> tuple[int, ...]:
+        """rax rcx rdx rbx rsp rbp rsi rdi r8 … r15."""
+        return _GPRS.unpack_from(self._s)
+
+    def set_gprs(self, values: Sequence[int] | Iterable[int]) -> None:
+        """All 16, in the order of :meth:`get_gprs`."""
+        _GPRS.pack_into(self._s, 0, *values)
+
+    def fxsave(self) -> bytes:
+        """x87 and SSE state as FXSAVE64 writes it (512 bytes)."""
+        buffer = ctypes.create_string_buffer(512)
+        self._lib.nv_fxsave(self._ptr, buffer)
+        return buffer.raw
+
+    def fxrstor(self, image: bytes) -> None:
+        """The reverse of :meth:`fxsave`. ValueError: not 512 bytes."""
+        if len(image) != 512:
+            raise ValueError("an FXSAVE image has 512 bytes")
+        self._lib.nv_fxrstor(self._ptr, image)
+
+    def commit_state(self) -> None:
+        """After CRn, EFER or segments were set: make the engine's derived state fit and drop the TLB at the next entry."""
+        self._lib.nv_commit(self._ptr)
+
+    @property
+    def nmi_masked(self) -> bool:
+        """NMIs are blocked until IRET."""
+        return bool(self._s.hflags2 & _HF2_NMI)
+
+    @nmi_masked.setter
+    def nmi_masked(self, masked: bool) -> None:
+        self._s.hflags2 = self._s.hflags2 & ~_HF2_NMI | (_HF2_NMI if masked else 0)

@@ -1,0 +1,313 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+// The part of the CPU that must not run in Python: Unicorn's callbacks, the way in and out of the guest, completing an
+// instruction that left for I/O. Everything that decides is Python. The module is loaded with ctypes (see layout.py); that it is
+// an extension module only gets it built with the package.
+//
+// An instruction that touches a port or memory without RAM behind it leaves the engine by a longjmp out of the
+// callback (bail), before it has changed anything. To complete it, plain IN and OUT are skipped; anything else is executed again
+// alone (replay: cflags_next_tb = 1), with what was read supplied and what it writes recorded as events, which are then handed
+// out one by one. Interrupts are masked meanwhile: they come after the instruction.
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <time.h>
+#include "native.h"
+
+static __thread Vcpu *cur; // the vCPU this thread runs
+static Engine *engines[MAX_CPUS + 1];
+static int (*p_emu_start)(void *, u64, u64, u64, size_t), (*p_emu_stop)(void *);
+static int (*p_hook_add)(void *, size_t *, int, void *, void *, u64, u64, ...), (*p_hook_del)(void *, size_t);
+static int (*p_map_ptr)(void *, u64, u64, u32, void *), (*p_unmap)(void *, u64, u64);
+static int (*p_reg_read)(void *, int, void *);
+static void (*p_check_io[3])(void *, u32), (*p_tlb_flush)(void *), (*p_tb_flush)(void *);
+static void (*p_tb_invalidate)(void *, u64, u64), (*p_mxcsr)(void *), (*p_fpuc)(void *);
+static u64 (*p_ram_addr)(void *, void *);
+
+static Engine *engine_of(void *cs) {
+    if (cur && cur->e->cpu == cs) return cur->e;
+    for (int i = 0; engines[i]; i++)
+        if (engines[i]->cpu == cs) return engines[i];
+    abort();
+}
+
+#include "tlb.h"
+#include "decode.h"
+
+_Noreturn static void bail(Engine *e) {
+    p_emu_stop(e->uc);
+    F(int32_t, C_EXC_INDEX) = EXCP_INTERRUPT;
+    F(u32, C_CAN_DO_IO) = 1;
+    int n = UC(int, UC_NESTED_LEVEL);
+    siglongjmp(*(sigjmp_buf *)(e->uc + UC_JMP_BUFS + UC_JMP_BUF_SIZE * (n - 1)), 1);
+}
+
+_Noreturn static void leave(Vcpu *v, int kind) {
+    v->exit.kind = kind;
+    bail(v->e);
+}
+
+#include "hooks.h"
+
+// --- the guest runs -------------------------------------------------------------------------------------------------------
+
+static void lock(Vcpu *v) { while (atomic_flag_test_and_set_explicit(&v->lk, memory_order_acquire)) __builtin_ia32_pause(); }
+static void unlock(Vcpu *v) { atomic_flag_clear_explicit(&v->lk, memory_order_release); }
+
+// uc_emu_start clears the stop flags after it was called; the one that comes now stays.
+static void our_exec_enter(void *cs) {
+    Engine *e = engine_of(cs);
+    e->exec_enter(cs);
+    Vcpu *v = cur;
+    if (v && !v->replaying && (atomic_load(&v->kick) || atomic_load(&v->yield))) p_emu_stop(e->uc);
+}
+
+static void stop(Vcpu *v, atomic_int *why) {
+    atomic_store(why, 1);
+    lock(v);
+    if (v->in_guest) p_emu_stop(v->e->uc);
+    unlock(v);
+}
+
+static void start(Vcpu *v, int guest) {
+    Engine *e = v->e;
+    v->exit.kind = EXIT_NONE;
+    lock(v);
+    v->in_guest = guest;
+    unlock(v);
+    p_emu_start(e->uc, F(u64, EIP), 0, 0, 0);
+    lock(v);
+    v->in_guest = 0;
+    unlock(v);
+    F(u8, C_EXIT_REQUEST) = 0;
+    F(u32, C_CFLAGS_NEXT) = ~0u;
+}
+
+static int replay(Vcpu *v) {
+    Engine *e = v->e;
+    u64 eip = S(u64, EIP);
+    Insn in;
+    decode(e, v->state, &in);
+    v->nev = v->evpos = 0;
+    v->steps = v->used = v->allow = 0;
+    v->npages = 0;
+    for (int i = 0; i < v->nknown; i++) {
+        Known *k = &v->known[i];
+        u64 page = k->gpa & ~0xfffull;
+        int p = 0;
+        while (p < v->npages && v->page[p] != page) p++;
+        if (p == v->npages) {
+            if (p == SCRATCH_PAGES) continue;
+            v->page[v->npages++] = page;
+        }
+        memcpy(e->scratch + 4096 * p + (k->gpa & 0xfff), k->data, k->size);
+    }
+    v->replaying = 1;
+    F(u32, C_IRQ) = IRQ_OURS;
+    F(u32, C_CFLAGS_NEXT) = 1;
+    start(v, 0);
+    v->replaying = 0;
+    F(u32, C_IRQ) = 0;
+    if (v->exit.kind) {
+        v->nev = 0;
+        return v->exit.kind;
+    }
+    v->nknown = 0;
+    v->cross_left = 0;
+    if (in.rep && S(u64, EIP) == eip && !(REGS(v->state)[1] & addr_mask(&in))) set_eip(v->state, eip + in.len);
+    return EXIT_NONE;
+}
+
+static int next_event(Vcpu *v) {
+    Event *ev = &v->ev[v->evpos++];
+    Exit *x = &v->exit;
+    if (v->evpos == v->nev) v->evpos = v->nev = 0;
+    x->gpa = ev->gpa;
+    x->port = ev->port;
+    x->size = ev->size;
+    x->count = 1;
+    x->string = ev->kind == EXIT_IO_OUT;
+    memcpy(x->data, ev->data, 8);
+    return x->kind = ev->kind;
+}
+
+static int skip(Vcpu *v, int len) {
+    set_eip(v->state, S(u64, EIP) + len);
+    S(u32, HFLAGS) &= ~HF_INHIBIT;
+    S(u64, EFLAGS) &= ~(u64)FL_RF;
+    if (!(S(u64, EFLAGS) & FL_TF)) return EXIT_NONE;
+    ((u64 *)(v->state + DR))[6] |= 0x4000;
+    if (S(u32, ICEPT_EXC) & 2) {
+        v->exit.code = 0x41;
+        v->exit.info1 = 0;
+        return v->exit.kind = EXIT_SVM;
+    }
+    v->exc_vector = 1;
+    v->exc_error = v->exc_soft = 0;
+    return EXIT_NONE;
+}
+
+// After a replay (or a first pass that has to be replayed): what Python is told.
+static int finish(Vcpu *v, int kind) {
+    while (kind == EXIT_MMIO_WRITE || (kind == EXIT_IO_OUT && v->exit.string)) kind = replay(v);
+    if (kind) {
+        if (kind == EXIT_IO_IN) v->pend = v->insn.plain ? PEND_IN : PEND_INS;
+        else if (kind == EXIT_IO_OUT) v->pend = PEND_OUT;
+        else if (kind == EXIT_MMIO_READ) v->pend = PEND_MMIO;
+        else if (kind == EXIT_SVM || kind == EXIT_FETCH) v->nknown = 0;
+        v->ins_pos = 0;
+        if (kind == EXIT_IO_OUT && v->exit.port == 0x7e) { // KVM_X86_QUIRK_OUT_7E_INC_RIP
+            v->pend = PEND_NONE;
+            skip(v, v->insn.len);
+            v->exit.kind = kind;
+        }
+        return kind;
+    }
+    return v->nev ? next_event(v) : EXIT_NONE;
+}
+
+static int complete(Vcpu *v) {
+    Exit *x = &v->exit;
+    if (v->nev) return next_event(v);
+    int pend = v->pend, kind;
+    switch (pend) {
+    case PEND_NONE: return EXIT_NONE;
+    case PEND_OUT: v->pend = PEND_NONE; return skip(v, v->insn.len);
+    case PEND_IN: {
+        u64 *rax = REGS(v->state), in = *(u32 *)x->data;
+        *rax = x->size == 1 ? (*rax & ~0xffull) | (in & 0xff) : x->size == 2 ? (*rax & ~0xffffull) | (in & 0xffff) : in;
+        v->pend = PEND_NONE;
+        return skip(v, v->insn.len);
+    }
+    case PEND_INS:
+        while (v->ins_pos < (int)x->count) {
+            u32 count = x->count, size = x->size;
+            v->in_data = x->data + size * v->ins_pos++;
+            kind = replay(v);
+            v->in_data = NULL;
+            if (kind || !v->used) break; // a fault: what is left is asked for again, as Linux's emulator does
+            if (v->nev && v->ins_pos < (int)count) {
+                // several MMIO writes would overwrite x->data: the rest is asked for again
+                v->pend = PEND_NONE;
+                return next_event(v);
+            }
+        }
+        v->pend = PEND_NONE;
+        if (v->nev) return next_event(v);
+        return v->exit.kind ? finish(v, v->exit.kind) : EXIT_NONE;
+    default: {
+        Known *k = &v->known[v->nknown < MAX_KNOWN ? v->nknown : MAX_KNOWN - 1];
+        k->gpa = x->gpa;
+        k->size = x->size;
+        memcpy(k->data, x->data, 8);
+        if (v->nknown < MAX_KNOWN) v->nknown++;
+        v->pend = PEND_NONE;
+        kind = replay(v);
+        return finish(v, kind);
+    }
+    }
+}
+
+// The engine runs one vCPU at a time; waiters are served in order and get it after a slice, or at once.
+static void enter(Engine *e, Vcpu *v, int quick) {
+    pthread_mutex_lock(&e->m);
+    u64 my = e->ticket++;
+    if (e->serving != my) {
+        e->quick += quick;
+        while (e->serving != my) {
+            if (e->quick && e->owner) stop(e->owner, &e->owner->yield);
+            struct timespec t;
+            clock_gettime(CLOCK_REALTIME, &t);
+            t.tv_nsec += e->quick ? 100000 : 1000000;
+            if (t.tv_nsec >= 1000000000) { t.tv_nsec -= 1000000000; t.tv_sec++; }
+            if (pthread_cond_timedwait(&e->c, &e->m, &t) == ETIMEDOUT && e->owner) stop(e->owner, &e->owner->yield);
+        }
+        e->quick -= quick;
+    }
+    e->owner = v;
+    pthread_mutex_unlock(&e->m);
+    if (!v) return;
+    cur = v;
+    if (v->state != e->env) {
+        memcpy(e->env, v->image, STATE_SIZE);
+        v->state = e->env;
+    }
+    if (e->last != v || v->flush) {
+        e->last = v;
+        v->flush = 0;
+        p_tlb_flush(e->cpu);
+    }
+}
+
+static void leave_engine(Engine *e, Vcpu *v) {
+    if (v) {
+        cur = NULL;
+        if (e->ncpus > 1) {
+            memcpy(v->image, e->env, STATE_SIZE);
+            v->state = v->image;
+        }
+    }
+    pthread_mutex_lock(&e->m);
+    e->owner = NULL;
+    int waiters = e->ticket - ++e->serving;
+    pthread_mutex_unlock(&e->m);
+    if (waiters) pthread_cond_broadcast(&e->c);
+}
+
+void nv_lock(Engine *e) { enter(e, NULL, 1); }
+void nv_unlock(Engine *e) { leave_engine(e, NULL); }
+void nv_kick(Vcpu *v) { stop(v, &v->kick); }
+
+static void arm(Vcpu *v) {
+    Engine *e = v->e;
+    u32 irq = v->nmi ? IRQ_NMI : 0;
+    F(u64, INTERCEPT) &= ~(u64)ICPT_VINTR;
+    if (v->exc_vector >= 0) irq |= IRQ_OURS;
+    if (v->intr_vector >= 0) {
+        *(u32 *)(v->vmcb + VMCB_INT_VECTOR) = v->intr_vector;
+        irq |= IRQ_VIRQ;
+    } else if (v->window) {
+        F(u64, INTERCEPT) |= ICPT_VINTR;
+        irq |= IRQ_VIRQ;
+    }
+    F(u32, C_IRQ) = irq;
+}
+
+int nv_complete(Vcpu *v) {
+    Engine *e = v->e;
+    if (!v->nev && !v->pend) return v->exit.kind = EXIT_NONE;
+    enter(e, v, 0);
+    int kind = complete(v);
+    leave_engine(e, v);
+    return v->exit.kind = kind;
+}
+
+int nv_run(Vcpu *v) {
+    Engine *e = v->e;
+    for (;;) {
+        enter(e, v, 0);
+        int kind = complete(v);
+        while (!kind && !atomic_load(&v->yield)) {
+            if (atomic_exchange(&v->kick, 0)) {
+                leave_engine(e, v);
+                return v->exit.kind = EXIT_NONE;
+            }
+            arm(v);
+            start(v, 1);
+            v->nmi = (F(u32, C_IRQ) & IRQ_NMI) != 0;
+            F(u32, C_IRQ) = 0;
+            UC(int, UC_SIZE_RECUR) = 0;
+            kind = finish(v, v->exit.kind);
+        }
+        atomic_store(&v->yield, 0);
+        leave_engine(e, v);
+        if (kind) return v->exit.kind = kind;
+    }
+}
+
+#include "state.h"
+
+// An importable module, so that setuptools builds it as one; there is nothing in it.
+void *PyInit__native(void) { return NULL; }

@@ -1,0 +1,123 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+// Private layout of the unicorn 2.1.4 x86-64 Linux wheel, and what native.c shares with Python.
+// layout.py mirrors the offsets that Python uses; nv_engine_new() refuses a library where they do not fit.
+#pragma once
+#include <pthread.h>
+#include <setjmp.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stdint.h>
+
+typedef uint8_t u8;
+typedef uint16_t u16;
+typedef uint32_t u32;
+typedef uint64_t u64;
+
+enum { // CPUX86State, from env
+    EIP = 128, EFLAGS = 136, CC_SRC = 152, CC_OP = 168, DF_ = 172, HFLAGS = 176, HFLAGS2 = 180, SEGS = 184,
+    TR = 352, IDT = 400, CR = 424, EFER = 592, FPSTT = 604, FPUS = 608, FPUC = 610, FPTAGS = 612, FPREGS = 624,
+    FPOP = 752, FPIP = 760, FPDP = 768, MXCSR = 816, XMM = 824, STAR = 4824, LSTAR = 4840, CSTAR = 4848,
+    FMASK = 4856, ERROR_CODE = 5384, IS_INT = 5388, NEXT_EIP = 5392, DR = 5400, OLD_EXCEPTION = 5496,
+    VM_VMCB = 5504, INTERCEPT = 5520, ICEPT_EXC = 5536, STATE_SIZE = 5568,
+    // CPUState, from env
+    C_CPU = -35408, C_EXIT_REQUEST = -35387, C_CFLAGS_NEXT = -35384, C_IRQ = -35380, C_ENV_PTR = -35112,
+    C_HALTED = -2232, C_CAN_DO_IO = -2228, C_EXC_INDEX = -2224, C_UC = -2216, C_CLASS = -2208,
+    TLB_FAST = -64, TLB_DESC = TLB_FAST - 3 * 696, TLB_DESC_SIZE = 696, TLB_DESC_VTABLE = 48, VTLB_SIZE = 8,
+    ENV_UC = 7000,
+    // CPUClass
+    K_DO_INTERRUPT = 16, K_TLB_FILL = 72, K_TLB_FILL_CPU = 80, K_PHYS_DEBUG = 96, K_EXEC_ENTER = 128,
+    K_EXEC_EXIT = 136, K_EXEC_INTERRUPT = 144,
+    // uc_engine
+    UC_MEMORY_MAPPING = 288, UC_CPU = 440, UC_SIZE_RECUR = 1384, UC_STOP_REQUEST = 1389, UC_INVALID_ERROR = 1424,
+    UC_NO_EXIT_REQUEST = 2034, UC_JMP_BUFS = 2040, UC_JMP_BUF_SIZE = 200, UC_NESTED_LEVEL = 14840,
+    // MemoryRegion
+    MR_ADDR = 64, MR_PERMS = 136, MR_END = 144,
+};
+enum { HF_CPL = 3, HF_INHIBIT = 8, HF_CS32 = 1 << 4, HF_PE = 1 << 7, HF_LMA = 1 << 14, HF_CS64 = 1 << 15 };
+enum { FL_TF = 0x100, FL_IF = 0x200, FL_DF = 0x400, FL_IOPL = 0x3000, FL_RF = 0x10000, FL_VM = 0x20000 };
+enum { IRQ_VIRQ = 0x100, IRQ_NMI = 0x200, IRQ_OURS = 0x10000 }; // the last is no bit of QEMU's
+enum { ICPT_VINTR = 1 << 4 };
+enum { VMCB_INT_VECTOR = 0x64, VMCB_INFO2 = 0x80 };
+enum { EXCP_INTERRUPT = 0x10000, EXCP_VMEXIT = 0x100 };
+enum { TLB_INVALID = 1 << 11, TLB_MMIO_BIT = 1 << 9 };
+
+enum { EXIT_NONE, EXIT_SVM, EXIT_IO_IN, EXIT_IO_OUT, EXIT_MMIO_READ, EXIT_MMIO_WRITE, EXIT_FETCH, EXIT_ERROR };
+enum { PEND_NONE, PEND_OUT, PEND_IN, PEND_INS, PEND_MMIO };
+enum { MAX_KNOWN = 128, MAX_EVENTS = 128, SCRATCH_PAGES = 4, IO_DATA = 1024, MAX_CPUS = 4096, MAX_REGIONS = 1024 };
+
+typedef struct Exit { // ctypes: cpu.ExitInfo
+    int32_t kind;
+    u32 insn_len;
+    u64 code, info1, info2, gpa;
+    u32 port, size, count, string;
+    u8 data[IO_DATA];
+} Exit;
+
+typedef struct { u64 gpa; u32 size, part; u8 data[8]; } Known; // part: of an access that crosses pages, 1 or 2
+typedef struct { u32 kind, size, port, recur; u64 gpa; u8 data[8]; } Event;
+typedef struct { u8 op, two, rep, len, osize, asize, plain; } Insn;
+
+struct Engine;
+typedef struct Vcpu {
+    Exit exit; // first: Python maps it
+    // the part Python reads and writes, see cpu.VcpuInfo
+    char *state;          // env, or the image while several vCPUs share the engine
+    u64 vmcb_gpa;
+    u8 *vmcb;
+    int32_t flush;        // the TLB does not fit the state any more
+    int32_t intr_vector;  // interrupt to deliver, -1 none
+    int32_t window;       // report when interrupts can be taken (exit 0x64), one shot
+    int32_t nmi;          // NMI to deliver
+    int32_t exc_vector;   // exception to deliver, -1 none
+    int32_t exc_error;    // its error code
+    int32_t exc_soft;     // 1: INTn/INT3/INTO: rip is already after it
+    int32_t pend;
+    int32_t ud_exits;     // #UD is reported, not delivered
+    atomic_int kick, yield;
+    // private
+    struct Engine *e;
+    char *image;
+    atomic_flag lk;
+    int in_guest, replaying, steps, used, delivering, delivering_soft, ins_pos, cross_left, cross_size, allow;
+    const u8 *in_data;
+    Insn insn;
+    Known known[MAX_KNOWN];
+    u64 page[SCRATCH_PAGES];
+    int nknown, npages, nev, evpos;
+    Event ev[MAX_EVENTS];
+} Vcpu;
+
+typedef struct { u64 gpa, size; u8 *host; u64 readonly; } Region;
+typedef struct { u64 r, w, x, paddr, addend, pad[3]; } TlbEntry;
+typedef struct { u64 mask; TlbEntry *table; } TlbFast;
+typedef struct { u32 selector, pad; u64 base; u32 limit, flags; } Seg;
+
+typedef struct Engine {
+    char *uc, *env, *cpu, *cc;
+    void (*do_interrupt)(void *);
+    bool (*tlb_fill)(void *, u64, int, int, int, bool, u64);
+    void (*exec_enter)(void *);
+    bool (*exec_interrupt)(void *, int);
+    u64 (*phys_debug)(void *, u64, u32 *);
+    void *(*memory_mapping)(void *, u64);
+    u8 *code;      // one bit for each guest page that was executed
+    u8 *scratch;   // what an instruction that is being completed reads
+    char dummy[512];
+    u32 hooks;
+    size_t hook_id[MAX_REGIONS * 4 + 8];
+    Region region[MAX_REGIONS];
+    int nregions, ncpus;
+    Vcpu *cpus[MAX_CPUS];
+    Vcpu *last;    // whose translations the TLB holds
+    Vcpu *owner;
+    pthread_mutex_t m;
+    pthread_cond_t c;
+    u64 ticket, serving;
+    int quick;     // waiters that want the engine at once
+} Engine;
+
+#define F(t, o) (*(t *)(e->env + (o)))
+#define UC(t, o) (*(t *)(e->uc + (o)))
+#define S(t, o) (*(t *)(v->state + (o)))
+#define REGS(s) ((u64 *)(s))
+

@@ -1,0 +1,285 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+// Part of native.c: engines, vCPUs, memory, and the state that is more than a field.
+#pragma once
+#include "native.h"
+
+enum { HOOK_INTR = 1, HOOK_INSN = 2, HOOK_READ_UNMAPPED = 16, HOOK_WRITE_UNMAPPED = 32, HOOK_FETCH_UNMAPPED = 64,
+       HOOK_WRITE_PROT = 256 };
+enum { PROT_R = 1, PROT_W = 2, PROT_X = 4 };
+
+static int load_symbols(const char *path) {
+    void *lib = dlopen(path, RTLD_NOW | RTLD_NOLOAD);
+    struct { const char *name; void *to; } sym[] = {
+        {"uc_emu_start", &p_emu_start}, {"uc_emu_stop", &p_emu_stop}, {"uc_hook_add", &p_hook_add},
+        {"uc_hook_del", &p_hook_del}, {"uc_mem_map_ptr", &p_map_ptr}, {"uc_mem_unmap", &p_unmap},
+        {"uc_reg_read", &p_reg_read}, {"helper_check_iob_x86_64", &p_check_io[0]},
+        {"helper_check_iow_x86_64", &p_check_io[1]}, {"helper_check_iol_x86_64", &p_check_io[2]},
+        {"tlb_flush_x86_64", &p_tlb_flush}, {"tb_flush_x86_64", &p_tb_flush},
+        {"tb_invalidate_phys_range_x86_64", &p_tb_invalidate}, {"update_mxcsr_status_x86_64", &p_mxcsr},
+        {"update_fp_status_x86_64", &p_fpuc}, {"qemu_ram_addr_from_host_x86_64", &p_ram_addr},
+    };
+    if (!lib) return 1;
+    for (size_t i = 0; i < sizeof sym / sizeof *sym; i++)
+        if (!(*(void **)sym[i].to = dlsym(lib, sym[i].name))) return 1;
+    return 0;
+}
+
+// The pointers that sit at their places in this build and nowhere else.
+static int check_layout(Engine *e, const char *path) {
+    void *lib = dlopen(path, RTLD_NOW | RTLD_NOLOAD);
+    struct { int at; const char *name; } slot[] = {
+        {K_DO_INTERRUPT, "x86_cpu_do_interrupt_x86_64"}, {K_TLB_FILL_CPU, "x86_cpu_tlb_fill_x86_64"},
+        {K_PHYS_DEBUG, "x86_cpu_get_phys_page_attrs_debug_x86_64"}, {K_EXEC_ENTER, "x86_cpu_exec_enter_x86_64"},
+        {K_EXEC_EXIT, "x86_cpu_exec_exit_x86_64"}, {K_EXEC_INTERRUPT, "x86_cpu_exec_interrupt_x86_64"},
+    };
+    if (F(char *, C_ENV_PTR) != e->env || F(char *, C_UC) != e->uc || F(char *, ENV_UC) != e->uc) return 1;
+    for (size_t i = 0; i < sizeof slot / sizeof *slot; i++)
+        if (*(void **)(e->cc + slot[i].at) != dlsym(lib, slot[i].name)) return 1;
+    if (UC(void *, UC_MEMORY_MAPPING) != dlsym(lib, "find_memory_mapping_x86_64")) return 1;
+    for (int m = 0; m < 3; m++) {
+        TlbFast *f = &F(TlbFast, TLB_FAST + 16 * m);
+        if ((f->mask & 63) || !f->table) return 1;
+    }
+    return 0;
+}
+
+// A vCPU's VMCB and MSR permission map: VMCB page, 8 KiB of bitmap.
+enum { AUX_SIZE = 0x4000 };
+#define AUX_BASE (1ull << 46) // no page table entry reaches it: QEMU's physical addresses have 40 bits
+
+static int add_hook(Engine *e, int type, void *f, u64 from, u64 to, int insn) {
+    return p_hook_add(e->uc, &e->hook_id[e->hooks++], type, f, NULL, from, to, insn);
+}
+
+static void renew_hooks(Engine *e) {
+    for (u32 i = 0; i < e->hooks; i++) p_hook_del(e->uc, e->hook_id[i]);
+    e->hooks = 0;
+    u64 from = 0;
+    for (int i = 0; i <= e->nregions; i++) {
+        Region *r = &e->region[i];
+        u64 to = i < e->nregions ? r->gpa : AUX_BASE;
+        if (to > from) {
+            add_hook(e, HOOK_READ_UNMAPPED, (void *)h_mem, from, to - 1, 0);
+            add_hook(e, HOOK_WRITE_UNMAPPED, (void *)h_mem, from, to - 1, 0);
+            add_hook(e, HOOK_FETCH_UNMAPPED, (void *)h_mem, from, to - 1, 0);
+            add_hook(e, HOOK_WRITE_PROT, (void *)h_mem, from, to - 1, 0);
+        }
+        if (i == e->nregions) break;
+        if (r->readonly) add_hook(e, HOOK_WRITE_PROT, (void *)h_mem, r->gpa, r->gpa + r->size - 1, 0);
+        from = r->gpa + r->size;
+    }
+}
+
+// insns: Unicorn's numbers of SYSCALL, IN, OUT. 0; 1 another layout, 2 out of memory, 3 refused by Unicorn.
+int nv_engine_new(const char *path, char *uc, const int *insns, Engine **out) {
+    if (load_symbols(path)) return 1;
+    Engine *e = calloc(1, sizeof *e);
+    if (!e) return 2;
+    e->uc = uc;
+    e->cpu = UC(char *, UC_CPU);
+    e->env = e->cpu - C_CPU;
+    e->cc = F(char *, C_CLASS);
+    if (check_layout(e, path)) { free(e); return 1; }
+    e->do_interrupt = *(void (**)(void *))(e->cc + K_DO_INTERRUPT);
+    e->tlb_fill = *(bool (**)(void *, u64, int, int, int, bool, u64))(e->cc + K_TLB_FILL);
+    e->exec_enter = *(void (**)(void *))(e->cc + K_EXEC_ENTER);
+    e->exec_interrupt = *(bool (**)(void *, int))(e->cc + K_EXEC_INTERRUPT);
+    e->phys_debug = *(u64 (**)(void *, u64, u32 *))(e->cc + K_PHYS_DEBUG);
+    e->memory_mapping = UC(void *, UC_MEMORY_MAPPING);
+    int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+    e->code = mmap(NULL, 1 << 25, PROT_READ | PROT_WRITE, flags, -1, 0);
+    e->scratch = mmap(NULL, 4096 * SCRATCH_PAGES, PROT_READ | PROT_WRITE, flags, -1, 0);
+    if (e->code == MAP_FAILED || e->scratch == MAP_FAILED) return 2;
+    pthread_mutex_init(&e->m, NULL);
+    pthread_cond_init(&e->c, NULL);
+    int i = 0;
+    while (engines[i]) i++;
+    if (i == MAX_CPUS) return 2;
+    engines[i] = e;
+    UC(u8, UC_NO_EXIT_REQUEST) = 1; // a stop inside an instruction, after its access, would run it twice
+    void *f[] = {(void *)h_syscall, (void *)h_in, (void *)h_out}; // SYSCALL first: a pending stop breaks the loop
+    size_t id;
+    for (int k = 0; k < 3; k++)
+        if (p_hook_add(uc, &id, HOOK_INSN, f[k], NULL, (u64)1, (u64)0, insns[k])) return 3;
+    if (p_hook_add(uc, &id, HOOK_INTR, (void *)h_intr, NULL, (u64)1, (u64)0)) return 3;
+    renew_hooks(e);
+    install_tlb(e);
+    *(void **)(e->cc + K_EXEC_ENTER) = (void *)our_exec_enter;
+    *(void **)(e->cc + K_EXEC_INTERRUPT) = (void *)our_exec_interrupt;
+    *out = e;
+    return 0;
+}
+
+Vcpu *nv_cpu_new(Engine *e) {
+    Vcpu *v = calloc(1, sizeof *v);
+    char *image = calloc(1, STATE_SIZE);
+    u8 *aux = mmap(NULL, AUX_SIZE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (!v || !image || aux == MAP_FAILED || e->ncpus == MAX_CPUS) return NULL;
+    v->e = e;
+    v->image = image;
+    v->vmcb = aux;
+    v->intr_vector = v->exc_vector = v->delivering = -1;
+    enter(e, NULL, 1);
+    v->vmcb_gpa = AUX_BASE + (u64)e->ncpus * AUX_SIZE;
+    int err = p_map_ptr(e->uc, v->vmcb_gpa, AUX_SIZE, PROT_R | PROT_W, aux);
+    if (!err) {
+        *(u64 *)(aux + 0x48) = v->vmcb_gpa + 0x1000; // MSRPM
+        memset(aux + 0x1000, 0xff, 0x2000);
+        if (e->ncpus == 1) { // from now on no state stays in the engine
+            Vcpu *first = e->cpus[0];
+            memcpy(first->image, e->env, STATE_SIZE);
+            first->state = first->image;
+        }
+        memcpy(image, e->env, STATE_SIZE);
+        v->state = e->ncpus ? image : e->env;
+        v->flush = 1;
+        e->cpus[e->ncpus++] = v;
+    }
+    leave_engine(e, NULL);
+    return err ? NULL : v;
+}
+
+int nv_map(Engine *e, u64 gpa, u64 size, u8 *host, int readonly) {
+    enter(e, NULL, 1);
+    int err = e->nregions == MAX_REGIONS ? 2 : p_map_ptr(e->uc, gpa, size, PROT_R | PROT_X | (readonly ? 0 : PROT_W), host);
+    if (!err) {
+        int i = e->nregions++;
+        for (; i && e->region[i - 1].gpa > gpa; i--) e->region[i] = e->region[i - 1];
+        e->region[i] = (Region){gpa, size, host, readonly};
+        renew_hooks(e);
+    }
+    leave_engine(e, NULL);
+    return err;
+}
+
+int nv_unmap(Engine *e, u64 gpa) {
+    int i = 0, err = 1;
+    enter(e, NULL, 1);
+    while (i < e->nregions && e->region[i].gpa != gpa) i++;
+    if (i < e->nregions) {
+        Region r = e->region[i];
+        // Unicorn translates the region's addresses as virtual ones: let them be equal, and keep what a fault would change
+        u64 cr0 = F(u64, CR), cr2 = F(u64, CR + 16);
+        u32 hf = F(u32, HFLAGS), ec = F(u32, ERROR_CODE), idx = F(u32, C_EXC_INDEX);
+        F(u64, CR) &= 0x7fffffff;
+        F(u32, HFLAGS) |= HF_LMA;
+        p_tlb_flush(e->cpu);
+        err = p_unmap(e->uc, r.gpa, r.size);
+        F(u64, CR) = cr0;
+        F(u64, CR + 16) = cr2;
+        F(u32, HFLAGS) = hf;
+        F(u32, ERROR_CODE) = ec;
+        F(u32, C_EXC_INDEX) = idx;
+        if (!err) {
+            memmove(&e->region[i], &e->region[i + 1], (--e->nregions - i) * sizeof r);
+            renew_hooks(e);
+            for (u64 p = gpa >> 12; p < (gpa + r.size) >> 12; p++) e->code[p >> 3] &= ~(1 << (p & 7));
+        }
+        p_tb_flush(e->cpu); // another region may get its ram addresses
+        p_tlb_flush(e->cpu);
+    }
+    leave_engine(e, NULL);
+    return err;
+}
+
+void nv_invalidate(Engine *e, u64 gpa, u64 size) {
+    u64 end = (gpa + size + 4095) & ~0xfffull;
+    int locked = 0;
+    for (u64 p = gpa & ~0xfffull; p < end; p += 4096) {
+        if (p >> 40 || !(e->code[p >> 15] & (1 << (p >> 12 & 7)))) continue;
+        if (!locked) enter(e, NULL, 1);
+        locked = 1;
+        const Region *r = region_at(e, p);
+        if (!r) continue;
+        u64 ram = p_ram_addr(e->uc, r->host + (p - r->gpa));
+        p_tb_invalidate(e->uc, ram, ram + 4096);
+    }
+    if (locked) leave_engine(e, NULL);
+}
+
+const u8 *nv_code_pages(Engine *e) { return e->code; }
+
+void nv_engine_close(Engine *e) {
+    int i = 0, last;
+    while (engines[i] != e) i++;
+    for (last = i; engines[last + 1]; last++) {}
+    engines[i] = engines[last];
+    engines[last] = NULL;
+    munmap(e->code, 1 << 25);
+    munmap(e->scratch, 4096 * SCRATCH_PAGES);
+    for (i = 0; i < e->ncpus; i++) {
+        munmap(e->cpus[i]->vmcb, AUX_SIZE);
+        free(e->cpus[i]->image);
+        free(e->cpus[i]);
+    }
+    free(e);
+}
+
+// The bits of hflags that follow from segments, control registers and EFER.
+void nv_commit(Vcpu *v) {
+    u64 *cr = (u64 *)(v->state + CR), efer = S(u64, EFER);
+    Seg *s = (Seg *)(v->state + SEGS);
+    u32 old = S(u32, HFLAGS), cs = s[1].flags, h = (s[2].flags >> 13) & 3;
+    h |= (old & HF_INHIBIT) | 1 << 21 | 1 << 20; // intercepts on; SVME, else VMMCALL is #UD
+    h |= (cr[0] & 1) << 7 | ((cr[0] << 8) & 0xe00);
+    if (cr[4] & 1 << 9) h |= 1 << 22;
+    if (cr[4] & 1 << 21) h |= 1 << 23;
+    if (efer & 0x400) h |= HF_LMA;
+    if ((h & HF_LMA) && (cs & 1 << 21)) h |= 0x30 | HF_CS64;
+    else {
+        h |= (cs >> 22 & 1) << 4 | (s[2].flags >> 22 & 1) << 5;
+        if (!(cr[0] & 1) || (S(u64, EFLAGS) & FL_VM) || !(h & HF_CS32) || s[3].base || s[0].base || s[2].base) h |= 0x40;
+    }
+    S(u32, HFLAGS) = h;
+    v->flush = 1;
+}
+
+int nv_skip(Vcpu *v, int len) { return skip(v, len); }
+
+int nv_insn_bytes(Vcpu *v, u8 *buf, int n) {
+    enter(v->e, v, 0);
+    n = guest_fetch(v->e, v->state, ((Seg *)(v->state + SEGS))[1].base + S(u64, EIP), buf, n);
+    leave_engine(v->e, v);
+    return n;
+}
+
+// Linear to guest physical address without side effects; ~0 when not mapped.
+u64 nv_translate(Vcpu *v, u64 va) {
+    u64 gpa = ~0ull;
+    enter(v->e, v, 0);
+    guest_phys(v->e, v->state, va, &gpa);
+    leave_engine(v->e, v);
+    return gpa;
+}
+
+void nv_fxsave(Vcpu *v, u8 *b) {
+    memset(b, 0, 512);
+    u32 top = S(u32, FPSTT) & 7, tags = 0;
+    *(u16 *)b = S(u16, FPUC);
+    *(u16 *)(b + 2) = (S(u16, FPUS) & ~0x3800) | top << 11;
+    for (int i = 0; i < 8; i++) tags |= (u32)!S(u8, FPTAGS + i) << i;
+    b[4] = tags;
+    *(u16 *)(b + 6) = S(u16, FPOP);
+    *(u64 *)(b + 8) = S(u64, FPIP);
+    *(u64 *)(b + 16) = S(u64, FPDP);
+    *(u32 *)(b + 24) = S(u32, MXCSR);
+    *(u32 *)(b + 28) = 0xffff;
+    for (u32 i = 0; i < 8; i++) memcpy(b + 32 + 16 * i, v->state + FPREGS + 16 * ((top + i) & 7), 10);
+    for (int i = 0; i < 16; i++) memcpy(b + 160 + 16 * i, v->state + XMM + 64 * i, 16);
+}
+
+void nv_fxrstor(Vcpu *v, const u8 *b) {
+    u32 top = *(u16 *)(b + 2) >> 11 & 7;
+    S(u16, FPUC) = *(u16 *)b;
+    S(u32, FPSTT) = top;
+    S(u16, FPUS) = *(u16 *)(b + 2) & ~0x3800;
+    for (int i = 0; i < 8; i++) S(u8, FPTAGS + i) = !(b[4] >> i & 1);
+    S(u16, FPOP) = *(u16 *)(b + 6);
+    S(u64, FPIP) = *(u64 *)(b + 8);
+    S(u64, FPDP) = *(u64 *)(b + 16);
+    S(u32, MXCSR) = *(u32 *)(b + 24) & 0xffff;
+    for (u32 i = 0; i < 8; i++) memcpy(v->state + FPREGS + 16 * ((top + i) & 7), b + 32 + 16 * i, 10);
+    for (int i = 0; i < 16; i++) memcpy(v->state + XMM + 64 * i, b + 160 + 16 * i, 16);
+    p_mxcsr(v->state);
+    p_fpuc(v->state);
+}

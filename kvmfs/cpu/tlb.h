@@ -1,0 +1,126 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+// Part of native.c: what is put between Unicorn's soft TLB and its page walk, and guest memory seen from outside.
+//
+// 1. notdirty_write never cleans an entry whose addr_code is set, so stores to writable and executable pages would stay on
+//    the slow path for ever. A page that was never executed loses addr_code; at its first fetch every other entry goes.
+// 2. A page without memory behind it gets an entry that never hits (TLB_INVALID), so that each access comes through the
+//    load or store helper and its UNMAPPED callback, which has the exact address and size; while an instruction is completed the
+//    entry leads to a scratch page with the bytes that the read exit brought.
+#pragma once
+#include "native.h"
+
+static const Region *region_at(Engine *e, u64 gpa) {
+    int lo = 0, hi = e->nregions;
+    while (lo < hi) {
+        int mid = (lo + hi) / 2;
+        const Region *r = &e->region[mid];
+        if (gpa < r->gpa) hi = mid;
+        else if (gpa - r->gpa >= r->size) lo = mid + 1;
+        else return r;
+    }
+    return NULL;
+}
+
+static void drop(TlbEntry *t, u64 pa, const TlbEntry *keep) {
+    if (t != keep && (t->paddr & ~0xfffull) == pa && t->w != ~0ull) t->r = t->w = t->x = ~0ull;
+}
+
+static bool our_tlb_fill(void *cs, u64 va, int size, int access, int mmu, bool probe, u64 ra) {
+    Engine *e = engine_of(cs);
+    bool ok = e->tlb_fill(cs, va, size, access, mmu, probe, ra);
+    if (!ok) return ok;
+    TlbFast *f = &F(TlbFast, TLB_FAST + 16 * mmu);
+    TlbEntry *t = &f->table[(va >> 12) & (f->mask >> 6)];
+    u64 pa = t->paddr & ~0xfffull, page = pa >> 12;
+    if (pa >> 40) return ok;
+    if (!region_at(e, pa)) {
+        u8 *host = e->scratch;
+        Vcpu *v = cur;
+        if (v && v->replaying)
+            for (int i = 0; i < v->npages; i++)
+                if (v->page[i] == pa) host = e->scratch + 4096 * i;
+        t->addend = (u64)host - (va & ~0xfffull);
+        if (t->r != ~0ull) t->r = (t->r & ~(u64)0xfff) | TLB_INVALID;
+        if (t->w != ~0ull) t->w |= TLB_INVALID;
+        return ok;
+    }
+    u8 bit = 1 << (page & 7);
+    if (access == 2) {
+        if (!(e->code[page >> 3] & bit)) {
+            e->code[page >> 3] |= bit;
+            for (int m = 0; m < 3; m++) {
+                TlbFast *g = &F(TlbFast, TLB_FAST + 16 * m);
+                u64 n = (g->mask >> 6) + 1;
+                for (u64 i = 0; i < n; i++) drop(&g->table[i], pa, t);
+                TlbEntry *victim = &F(TlbEntry, TLB_DESC + TLB_DESC_SIZE * m + TLB_DESC_VTABLE);
+                for (int i = 0; i < VTLB_SIZE; i++) drop(&victim[i], pa, t);
+            }
+        }
+    } else if (t->x != ~0ull && !(e->code[page >> 3] & bit)) {
+        t->x = ~0ull;
+    }
+    return ok;
+}
+
+// uc->memory_mapping: during a completion the pages that were read are there, readable only.
+static void *our_memory_mapping(void *uc, u64 pa) {
+    Vcpu *v = cur;
+    Engine *e = v ? v->e : NULL;
+    if (!e || e->uc != uc) {
+        for (int i = 0; engines[i]; i++)
+            if (engines[i]->uc == uc) e = engines[i];
+        return e->memory_mapping(uc, pa);
+    }
+    void *mr = e->memory_mapping(uc, pa);
+    if (mr || !v->replaying) return mr;
+    UC(int, UC_INVALID_ERROR) = 0; // a skipped store before this access is no error
+    if (v->allow) {
+        v->allow = 0;
+        return e->dummy;
+    }
+    u64 n = UC(int, UC_SIZE_RECUR) ? UC(int, UC_SIZE_RECUR) : 1;
+    for (int i = 0; i < v->nknown; i++) {
+        Known *k = &v->known[i];
+        if (pa < k->gpa + k->size && k->gpa < pa + n) {
+            v->used = 1;
+            p_emu_stop(uc);
+            return e->dummy;
+        }
+    }
+    return NULL;
+}
+
+static int guest_phys(Engine *e, const char *state, u64 va, u64 *gpa) {
+    if (!(((u64 *)(state + CR))[0] >> 31)) {
+        *gpa = *(u32 *)(state + HFLAGS) & HF_LMA ? va : (u32)va;
+        return 1;
+    }
+    if (state != e->env) return 0;
+    u32 attrs[4] = {0};
+    u64 pa = e->phys_debug(e->cpu, va & ~0xfffull, attrs);
+    if (pa == ~0ull) return 0;
+    *gpa = pa | (va & 0xfff);
+    return 1;
+}
+
+// Up to n bytes at a linear address, without side effects; the number that could be read.
+static int guest_fetch(Engine *e, const char *state, u64 va, u8 *buf, int n) {
+    int done = 0;
+    while (done < n) {
+        u64 gpa;
+        if (!guest_phys(e, state, va + done, &gpa)) break;
+        const Region *r = region_at(e, gpa);
+        if (!r) break;
+        int chunk = 4096 - (gpa & 0xfff);
+        if (chunk > n - done) chunk = n - done;
+        memcpy(buf + done, r->host + (gpa - r->gpa), chunk);
+        done += chunk;
+    }
+    return done;
+}
+
+static void install_tlb(Engine *e) {
+    *(void **)(e->cc + K_TLB_FILL) = (void *)our_tlb_fill;
+    UC(void *, UC_MEMORY_MAPPING) = (void *)our_memory_mapping;
+    *(u32 *)(e->dummy + MR_PERMS) = 1 | 4;
+}
