@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""ioctls on the node itself (Linux: kvm_dev_ioctl, kvm_arch_dev_ioctl).
+
+A handler copies in, checks, acts and copies out, in the kernel's order; KvmError carries the errno.  Creating
+a VM is the daemon's: it starts a worker.
+"""
+
+from __future__ import annotations
+
+import errno
+import struct
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from kvmfs.abi.exits import KVM_API_VERSION
+from kvmfs.abi.x86 import KVM_MAX_CPUID_ENTRIES, PAGE_SIZE
+from kvmfs.errors import KvmError
+from kvmfs.kvm import caps, cpuid, cpuid_supported, msr_lists
+
+if TYPE_CHECKING:
+    from kvmfs.kvm.cpuid import CpuidEntry
+    from kvmfs.kvm.host import Memory, RequestLike
+    from kvmfs.kvm.kvm_main import Kvm
+
+VCPU_MMAP_SIZE = 3 * PAGE_SIZE          # kvm_run, the PIO data page, the coalesced MMIO ring
+_CPUID_HEADER = struct.Struct("<II")    # nent, padding
+_MSRS_HEADER = struct.Struct("<II")     # nmsrs, pad
+_LIST_HEADER = struct.Struct("<I")      # nmsrs
+
+
+def get_api_version(kvm: Kvm, req: RequestLike) -> int:
+    """KVM_GET_API_VERSION (api.rst 4.1): 12.  EINVAL: an argument."""
+    if req.arg:
+        raise KvmError(errno.EINVAL)
+    return KVM_API_VERSION
+
+
+def check_extension(kvm: Kvm, req: RequestLike) -> int:
+    """KVM_CHECK_EXTENSION (api.rst 4.4): the capability's value; 0 for what is absent or unknown."""
+    return caps.check_extension(kvm.vendor, req.arg)
+
+
+def get_vcpu_mmap_size(kvm: Kvm, req: RequestLike) -> int:
+    """KVM_GET_VCPU_MMAP_SIZE (api.rst 4.5): bytes of a vCPU's shared area.  EINVAL: an argument."""
+    if req.arg:
+        raise KvmError(errno.EINVAL)
+    return VCPU_MMAP_SIZE
+
+
+def get_supported_cpuid(kvm: Kvm, req: RequestLike) -> bytes:
+    """KVM_GET_SUPPORTED_CPUID (api.rst 4.46).  E2BIG, header unchanged: nent is too small; EFAULT."""
+    nent, padding = _CPUID_HEADER.unpack(req.data)
+    entries = cpuid_supported.supported(kvm.vendor.name)
+    if nent < len(entries):
+        raise KvmError(errno.E2BIG)
+    return _cpuid_out(kvm.memory_of(req), req.arg, entries, padding)
+
+
+def get_emulated_cpuid(kvm: Kvm, req: RequestLike) -> bytes:
+    """KVM_GET_EMULATED_CPUID (api.rst 4.88): as GET_SUPPORTED_CPUID; EINVAL: padding in an entry is not 0.
+
+    The kernel looks at the padding of all ``nent`` entries (256 at most) before it counts its own.
+    """
+    nent, padding = _CPUID_HEADER.unpack(req.data)
+    if nent < 1:
+        raise KvmError(errno.E2BIG)
+    memory = kvm.memory_of(req)
+    cpuid.check_emulated_padding(memory, req.arg, min(nent, KVM_MAX_CPUID_ENTRIES))
+    entries = cpuid_supported.emulated(kvm.vendor.name)
+    if nent < len(entries) + cpuid_supported.EMULATED_SPARE:
+        raise KvmError(errno.E2BIG)
+    return _cpuid_out(memory, req.arg, entries, padding)
+
+
+def _cpuid_out(memory: Memory, arg: int, entries: Sequence[CpuidEntry], padding: int) -> bytes:
+    cpuid.store_entries(memory, arg, entries)
+    return _CPUID_HEADER.pack(len(entries), padding)
+
+
+def get_msr_index_list(kvm: Kvm, req: RequestLike) -> tuple[int, bytes]:
+    """KVM_GET_MSR_INDEX_LIST (api.rst 4.3): E2BIG: too little room, and nmsrs says how much; EFAULT."""
+    vendor = kvm.vendor.name
+    return _list_out(kvm, req, (msr_lists.MSRS_TO_SAVE[vendor], msr_lists.EMULATED_MSRS[vendor]))
+
+
+def get_msr_feature_index_list(kvm: Kvm, req: RequestLike) -> tuple[int, bytes]:
+    """KVM_GET_MSR_FEATURE_INDEX_LIST (api.rst 4.3): errors as GET_MSR_INDEX_LIST."""
+    return _list_out(kvm, req, (tuple(msr_lists.FEATURE_VALUES[kvm.vendor.name]),))
+
+
+def _list_out(kvm: Kvm, req: RequestLike, parts: tuple[tuple[int, ...], ...]) -> tuple[int, bytes]:
+    """The kernel writes the count first, so that it stands whatever comes after."""
+    room, = _LIST_HEADER.unpack(req.data)
+    count = sum(map(len, parts))
+    header = _LIST_HEADER.pack(count)
+    if room < count:
+        return -errno.E2BIG, header
+    memory, address = kvm.memory_of(req), req.arg + _LIST_HEADER.size
+    try:
+        for part in parts:
+            memory.write(address, struct.pack(f"<{len(part)}I", *part))
+            address += 4 * len(part)
+    except OSError:
+        return -errno.EFAULT, header
+    return 0, header
+
+
+def get_msrs(kvm: Kvm, req: RequestLike) -> int:
+    """KVM_GET_MSRS on the node (KVM_CAP_GET_MSR_FEATURES): how many feature MSRs could be read.
+
+    E2BIG: 256 entries or more; EFAULT.
+    """
+    nmsrs, _ = _MSRS_HEADER.unpack(req.data)
+    vendor = kvm.vendor.name
+    return msr_lists.get_msrs(kvm.memory_of(req), req.arg, nmsrs,
+                              lambda index: msr_lists.get_feature_msr(vendor, index))

@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What KVM_CHECK_EXTENSION answers (Linux: kvm_vm_ioctl_check_extension; api.rst 4.4).
+
+Every capability for which Linux on x86 answers something is in exactly one of two tables: :data:`SUPPORTED`
+with its value, or :data:`ABSENT` with the reason why this KVM says 0.  Capabilities of other architectures
+and unknown numbers are in neither: 0.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from kvmfs.abi import caps as K
+from kvmfs.abi.flags import KVM_X86_DEFAULT_VM
+from kvmfs.abi.x86 import KVM_MAX_VCPU_IDS, KVM_MAX_VCPUS, KVM_USER_MEM_SLOTS
+
+if TYPE_CHECKING:
+    from kvmfs.vendor.ops import KvmX86Ops
+
+VM_TYPES = 1 << KVM_X86_DEFAULT_VM
+
+
+def online_cpus() -> int:
+    """KVM_CAP_NR_VCPUS: the recommended number of vCPUs is the host's number of CPUs."""
+    return min(os.cpu_count() or 1, KVM_MAX_VCPUS)
+
+
+SUPPORTED: dict[int, int | Callable[[], int]] = {
+    K.KVM_CAP_HLT: 1,
+    K.KVM_CAP_USER_MEMORY: 1,
+    K.KVM_CAP_SET_TSS_ADDR: 1,
+    K.KVM_CAP_EXT_CPUID: 1,
+    K.KVM_CAP_NR_VCPUS: online_cpus,
+    K.KVM_CAP_NR_MEMSLOTS: KVM_USER_MEM_SLOTS,
+    K.KVM_CAP_NOP_IO_DELAY: 1,
+    K.KVM_CAP_MP_STATE: 1,
+    K.KVM_CAP_DESTROY_MEMORY_REGION_WORKS: 1,
+    K.KVM_CAP_USER_NMI: 1,
+    K.KVM_CAP_JOIN_MEMORY_REGIONS_WORKS: 1,
+    K.KVM_CAP_SET_IDENTITY_MAP_ADDR: 1,
+    K.KVM_CAP_INTERNAL_ERROR_DATA: 1,
+    K.KVM_CAP_VCPU_EVENTS: 1,
+    K.KVM_CAP_MAX_VCPUS: KVM_MAX_VCPUS,
+    K.KVM_CAP_READONLY_MEM: 1,
+    K.KVM_CAP_EXT_EMUL_CPUID: 1,
+    K.KVM_CAP_CHECK_EXTENSION_VM: 1,
+    K.KVM_CAP_MAX_VCPU_ID: KVM_MAX_VCPU_IDS,
+    K.KVM_CAP_IMMEDIATE_EXIT: 1,
+    K.KVM_CAP_GET_MSR_FEATURES: 1,
+    K.KVM_CAP_VM_TYPES: VM_TYPES,
+}
+"""number → value, or what computes it."""
+
+_IRQCHIP = "there is no in-kernel irqchip"
+_ENABLE = "nothing can be enabled: no KVM_ENABLE_CAP"
+_IOCTL = "its ioctls have no handler"
+_PV = "the guest-visible part does not exist"
+_HYPERV = "no Hyper-V enlightenments"
+_SEV = "no encrypted guests"
+_DIRTY = "no dirty logging"
+_DEBUG = "no KVM_SET_GUEST_DEBUG"
+_PMU = "no PMU"
+
+ABSENT: dict[int, str] = {
+    K.KVM_CAP_IRQCHIP: _IRQCHIP,
+    K.KVM_CAP_MMU_SHADOW_CACHE_CONTROL: "there are no shadow pages to limit; " + _IOCTL,
+    K.KVM_CAP_VAPIC: _IRQCHIP,
+    K.KVM_CAP_CLOCKSOURCE: _PV,
+    K.KVM_CAP_PIT: _IRQCHIP,
+    K.KVM_CAP_COALESCED_MMIO: _IOCTL,
+    K.KVM_CAP_SYNC_MMU: "a client's later mmap or munmap in a slot's range is not followed",
+    K.KVM_CAP_SET_GUEST_DEBUG: _DEBUG,
+    K.KVM_CAP_REINJECT_CONTROL: _IRQCHIP,
+    K.KVM_CAP_IRQ_ROUTING: _IRQCHIP,
+    K.KVM_CAP_IRQ_INJECT_STATUS: _IRQCHIP,
+    K.KVM_CAP_MCE: _IOCTL,
+    K.KVM_CAP_IRQFD: _IRQCHIP,
+    K.KVM_CAP_PIT2: _IRQCHIP,
+    K.KVM_CAP_SET_BOOT_CPU_ID: _IOCTL,
+    K.KVM_CAP_PIT_STATE2: _IRQCHIP,
+    K.KVM_CAP_IOEVENTFD: _IOCTL,
+    K.KVM_CAP_XEN_HVM: "no Xen guests",
+    K.KVM_CAP_ADJUST_CLOCK: _IOCTL,
+    K.KVM_CAP_HYPERV: _HYPERV,
+    K.KVM_CAP_HYPERV_VAPIC: _HYPERV,
+    K.KVM_CAP_HYPERV_SPIN: _HYPERV,
+    K.KVM_CAP_PCI_SEGMENT: "device assignment is gone from KVM; Linux still says 1",
+    K.KVM_CAP_DEBUGREGS: _IOCTL,
+    K.KVM_CAP_X86_ROBUST_SINGLESTEP: _DEBUG,
+    K.KVM_CAP_ENABLE_CAP: _ENABLE,
+    K.KVM_CAP_XSAVE: _IOCTL,
+    K.KVM_CAP_XCRS: _IOCTL,
+    K.KVM_CAP_ASYNC_PF: _PV,
+    K.KVM_CAP_TSC_CONTROL: "no TSC scaling",
+    K.KVM_CAP_GET_TSC_KHZ: _IOCTL,
+    K.KVM_CAP_TSC_DEADLINE_TIMER: _IRQCHIP,
+    K.KVM_CAP_SYNC_REGS: "kvm_valid_regs and kvm_dirty_regs are refused",
+    K.KVM_CAP_KVMCLOCK_CTRL: _IOCTL,
+    K.KVM_CAP_SIGNAL_MSI: _IRQCHIP,
+    K.KVM_CAP_IRQFD_RESAMPLE: _IRQCHIP,
+    K.KVM_CAP_DEVICE_CTRL: _IOCTL,
+    K.KVM_CAP_HYPERV_TIME: _HYPERV,
+    K.KVM_CAP_IOAPIC_POLARITY_IGNORED: _IRQCHIP,
+    K.KVM_CAP_ENABLE_CAP_VM: _ENABLE,
+    K.KVM_CAP_IOEVENTFD_NO_LENGTH: _IOCTL,
+    K.KVM_CAP_DISABLE_QUIRKS: _ENABLE,
+    K.KVM_CAP_X86_SMM: "no system management mode",
+    K.KVM_CAP_MULTI_ADDRESS_SPACE: "the second address space is SMM's",
+    K.KVM_CAP_SPLIT_IRQCHIP: _IRQCHIP,
+    K.KVM_CAP_IOEVENTFD_ANY_LENGTH: _IOCTL,
+    K.KVM_CAP_HYPERV_SYNIC: _HYPERV,
+    K.KVM_CAP_VCPU_ATTRIBUTES: _IOCTL,
+    K.KVM_CAP_X2APIC_API: _IRQCHIP,
+    K.KVM_CAP_X86_DISABLE_EXITS: _ENABLE,
+    K.KVM_CAP_HYPERV_SYNIC2: _HYPERV,
+    K.KVM_CAP_HYPERV_VP_INDEX: _HYPERV,
+    K.KVM_CAP_HYPERV_EVENTFD: _HYPERV,
+    K.KVM_CAP_HYPERV_TLBFLUSH: _HYPERV,
+    K.KVM_CAP_NESTED_STATE: "no nested guests",
+    K.KVM_CAP_MSR_PLATFORM_INFO: _ENABLE,
+    K.KVM_CAP_HYPERV_SEND_IPI: _HYPERV,
+    K.KVM_CAP_COALESCED_PIO: _IOCTL,
+    K.KVM_CAP_HYPERV_ENLIGHTENED_VMCS: _HYPERV,
+    K.KVM_CAP_EXCEPTION_PAYLOAD: _ENABLE,
+    K.KVM_CAP_HYPERV_CPUID: _HYPERV,
+    K.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2: _DIRTY,
+    K.KVM_CAP_PMU_EVENT_FILTER: _PMU,
+    K.KVM_CAP_HYPERV_DIRECT_TLBFLUSH: _HYPERV,
+    K.KVM_CAP_HALT_POLL: "HLT always exits: nothing polls",
+    K.KVM_CAP_ASYNC_PF_INT: _PV,
+    K.KVM_CAP_LAST_CPU: "fail_entry.cpu and internal_error's last CPU are not told",
+    K.KVM_CAP_SMALLER_MAXPHYADDR: "reserved bits of guest page tables follow the engine's width",
+    K.KVM_CAP_STEAL_TIME: _PV,
+    K.KVM_CAP_X86_USER_SPACE_MSR: _ENABLE,
+    K.KVM_CAP_X86_MSR_FILTER: _IOCTL,
+    K.KVM_CAP_ENFORCE_PV_FEATURE_CPUID: _ENABLE,
+    K.KVM_CAP_SYS_HYPERV_CPUID: _HYPERV,
+    K.KVM_CAP_DIRTY_LOG_RING: _DIRTY,
+    K.KVM_CAP_X86_BUS_LOCK_EXIT: "split locks are not noticed",
+    K.KVM_CAP_SET_GUEST_DEBUG2: _DEBUG,
+    K.KVM_CAP_SGX_ATTRIBUTE: "no SGX",
+    K.KVM_CAP_VM_COPY_ENC_CONTEXT_FROM: _SEV,
+    K.KVM_CAP_HYPERV_ENFORCE_CPUID: _HYPERV,
+    K.KVM_CAP_SREGS2: _IOCTL,
+    K.KVM_CAP_EXIT_HYPERCALL: _ENABLE,
+    K.KVM_CAP_BINARY_STATS_FD: _IOCTL,
+    K.KVM_CAP_EXIT_ON_EMULATION_FAILURE: _ENABLE,
+    K.KVM_CAP_VM_MOVE_ENC_CONTEXT_FROM: _SEV,
+    K.KVM_CAP_XSAVE2: _IOCTL,
+    K.KVM_CAP_SYS_ATTRIBUTES: _IOCTL,
+    K.KVM_CAP_PMU_CAPABILITY: _PMU,
+    K.KVM_CAP_DISABLE_QUIRKS2: _ENABLE,
+    K.KVM_CAP_VM_TSC_CONTROL: "no TSC scaling",
+    K.KVM_CAP_SYSTEM_EVENT_DATA: "no system events are raised",
+    K.KVM_CAP_X86_TRIPLE_FAULT_EVENT: _ENABLE,
+    K.KVM_CAP_X86_NOTIFY_VMEXIT: _ENABLE,
+    K.KVM_CAP_VM_DISABLE_NX_HUGE_PAGES: _ENABLE,
+    K.KVM_CAP_DIRTY_LOG_RING_ACQ_REL: _DIRTY,
+    K.KVM_CAP_DIRTY_LOG_RING_WITH_BITMAP: _DIRTY,
+    K.KVM_CAP_PMU_EVENT_MASKED_EVENTS: _PMU,
+    K.KVM_CAP_USER_MEMORY2: _IOCTL,
+    K.KVM_CAP_MEMORY_FAULT_INFO: "EFAULT comes without KVM_EXIT_MEMORY_FAULT",
+    K.KVM_CAP_MEMORY_ATTRIBUTES: "no private memory",
+    K.KVM_CAP_GUEST_MEMFD: "no private memory",
+    K.KVM_CAP_PRE_FAULT_MEMORY: _IOCTL,
+    K.KVM_CAP_X86_APIC_BUS_CYCLES_NS: _IRQCHIP,
+    K.KVM_CAP_X86_GUEST_MODE: "no nested guests",
+}
+"""number → why Linux on x86 says yes (on some host at least) and this KVM 0."""
+
+
+def check_extension(vendor: KvmX86Ops, cap: int) -> int:
+    """The answer on the node: capability ``cap``'s value, 0 where it is absent or unknown.  Never fails."""
+    value = SUPPORTED.get(cap, 0)
+    return value if isinstance(value, int) else value()
+
+
+def check_extension_vm(vendor: KvmX86Ops, cap: int) -> int:
+    """The answer on a VM's descriptor.
+
+    In Linux it differs from the node's for protected and confidential VMs and where SMM was switched off;
+    none of these exist here.
+    """
+    return check_extension(vendor, cap)
