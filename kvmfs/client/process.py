@@ -70,7 +70,7 @@ def command_of(pid: int) -> str:
 
 
 def pidfd_open(pid: int, flags: int = 0) -> int:
-    """pidfd_open(2); close-on-exec. OSError ESRCH, EINVAL (unknown flags, or a thread without PIDFD_THREAD)."""
+    """pidfd_open(2); close-on-exec. OSError ESRCH, EINVAL (flags unknown, or a mere thread)."""
     return syscall(SYS_PIDFD_OPEN, pid, flags)
 
 
@@ -182,7 +182,7 @@ class Process:
         raise ProcessLookupError(errno.ESRCH, f"process {self.tgid} is gone")
 
     def vmas(self, lo: int = 0, hi: int = 1 << 64) -> list[Vma]:
-        """The mappings that overlap [lo, hi), in address order, not clipped. OSError ESRCH when it is gone."""
+        """The mappings that overlap [lo, hi), in address order, not clipped. OSError ESRCH."""
         found = []
         try:
             with open(self.proc("maps"), "rb") as f:

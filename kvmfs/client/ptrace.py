@@ -82,7 +82,8 @@ def signed(value: int) -> int:
 def wait_status(tid: int, deadline: float) -> int | None:
     """The next wait status of `tid`, or None at `deadline` (time.monotonic).
 
-    OSError ECHILD when there is nothing to wait for. A stop usually comes within microseconds, so it is first looked for while giving up the core, then with
+    OSError ECHILD when there is nothing to wait for. OSError ECHILD when there is nothing to wait for. A
+    stop usually comes within microseconds, so it is first looked for while giving up the core, then with
     growing sleeps.
     """
     for _ in range(_SPINS):
@@ -143,8 +144,8 @@ def attach(tid: int, options: int, deadline: float) -> int:
         if not os.path.exists(f"/proc/self/task/{tracer}"):
             raise TracedError(
                 errno.EPERM,
-                f"thread {tid} ({command_of(tid)}) is traced by process {tracer} ({command_of(tracer)}), so it"
-                " cannot be given descriptors from outside; start the program with `kvmfs run` to use it"
+                f"thread {tid} ({command_of(tid)}) is traced by process {tracer} ({command_of(tracer)}),"
+                " so it cannot be given descriptors from outside; start the program with `kvmfs run` to use it"
                 " under a tracer",
             )
         if time.monotonic() >= deadline:

@@ -102,7 +102,7 @@ class StoppedProcess:
         self._release.set()
         self._tracer.join()
 
-    # -- in the tracing thread -------------------------------------------------------------------------------------
+    # -- in the tracing thread ---------------------------------------------------------------------
 
     def _trace(self) -> None:
         try:
@@ -120,7 +120,7 @@ class StoppedProcess:
         # The end of this thread detaches the rest.
 
     def _stop_all(self, deadline: float) -> None:
-        """Seize and stop until a listing shows no thread that is not stopped: a running one may make new ones."""
+        """Seize and stop until no listing shows a new thread: a running one may make more."""
         known: set[int] = {self.keep} if self.keep is not None else set()
         while True:
             fresh = [tid for tid in self.process.threads() if tid not in known]
@@ -181,7 +181,7 @@ class StoppedProcess:
 
 
 def _rewind(tid: int) -> None:
-    """Set a stopped thread back to before its system call if that came back with EINTR only because of the stop.
+    """Set a stopped thread back to before its system call if only the stop made that return EINTR.
 
     With a signal pending EINTR is right and stays. A signal that comes after this look meets the client as
     if it had come just before the call was made.

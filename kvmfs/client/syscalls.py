@@ -87,6 +87,6 @@ _sleeping.process_vm_readv.argtypes = (
 
 
 def process_vm_readv(tid: int, local: "ctypes.Array[Iovec]", remote: "ctypes.Array[Iovec]", n: int) -> int:
-    """process_vm_readv(2) of the first `n` pairs (at most 1024); returns the bytes read, 0 when the first is not readable."""
+    """process_vm_readv(2) of the first `n` pairs (at most 1024); the bytes read, 0 on any failure."""
     got: int = _sleeping.process_vm_readv(tid, ctypes.addressof(local), n, ctypes.addressof(remote), n, 0)
     return max(got, 0)

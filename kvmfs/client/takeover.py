@@ -83,7 +83,7 @@ class _Part:
 
 
 def resolve(process: Process, hva: int, size: int) -> list[Segment] | None:
-    """The range as shared files, in address order and without gaps, or None when a part of it must be taken over first.
+    """The range as shared files, in address order without gaps, or None when a part must be taken over.
 
     The client may run. Without CAP_CHECKPOINT_RESTORE in the initial user namespace (map_files) the files
     are looked for among the client's descriptors. Errors: OSError ESRCH, EACCES (no right to the file),
@@ -124,7 +124,7 @@ def forget(tgid: int) -> None:
             os.close(fd)
 
 
-# -- finding ---------------------------------------------------------------------------------------------------------
+# -- finding ---------------------------------------------------------------------------------------
 
 # (dev, inode) → (tgid, descriptor) of the memfds made here, kept only where map_files may not be used: the
 # client has no descriptor of them, so nothing else could lead back to the file when the same memory becomes
@@ -164,8 +164,8 @@ def _resolve(process: Process, parts: list[_Part]) -> list[Segment] | None:
                         return None
                     raise OSError(
                         errno.EOPNOTSUPP,
-                        f"the file {vma.path} that the client mapped at {vma.start:#x} cannot be opened: it is on FUSE or no"
-                        " longer reachable, and the client has no descriptor of it",
+                        f"the file {vma.path} that the client mapped at {vma.start:#x} cannot be opened:"
+                        " it is on FUSE or no longer reachable, and the client has no descriptor of it",
                     )
             if vma is None or fd is None or fd < 0:
                 _append(segments, Segment(part.start, part.end - part.start, -1, 0, False, 0, 0))
@@ -215,7 +215,7 @@ def _must_replace(process: Process, vma: Vma) -> bool:
 
 
 def _open_shared(process: Process, vma: Vma) -> int | None:
-    """A descriptor of the file behind a shared mapping; -1 when that is no regular file; None when there is no way to it."""
+    """A descriptor of the file behind a shared mapping; -1: no regular file; None: no way to it."""
     mode = os.O_RDWR if _writable(vma) else os.O_RDONLY
     if _may_open(process, vma):
         link = f"/proc/{process.tid}/map_files/{vma.start:x}-{vma.end:x}"
@@ -237,7 +237,7 @@ def _open_shared(process: Process, vma: Vma) -> int | None:
 
 
 def _may_open(process: Process, vma: Vma) -> bool:
-    """Whether the file is certainly not on FUSE. To open one that this very process serves would hang both for good."""
+    """Whether the file is certainly not on FUSE: opening one that this process serves would hang both."""
     if vma.path.startswith(_INTERNAL_FILES):
         return True
     try:
@@ -253,7 +253,7 @@ def _may_open(process: Process, vma: Vma) -> bool:
 
 
 def _from_descriptors(process: Process, vma: Vma, mode: int) -> int | None:
-    """Take the descriptor of the mapped file from the client, if it still has one. Asks no file system anything."""
+    """The mapped file's descriptor taken from the client, if it still has one. Asks no file system."""
     try:
         names = os.listdir(process.proc("fd"))
     except OSError:
@@ -274,7 +274,7 @@ def _from_descriptors(process: Process, vma: Vma, mode: int) -> int | None:
     return None
 
 
-# -- replacing -------------------------------------------------------------------------------------------------------
+# -- replacing -------------------------------------------------------------------------------------
 
 
 def _replace(process: Process, thread: Thread, parts: list[_Part]) -> None:

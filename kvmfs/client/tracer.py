@@ -156,7 +156,7 @@ class Thread:
 
     @classmethod
     def seize(cls, tid: int, *, tgid: int | None = None, timeout: float = TIMEOUT) -> Self:
-        """Seize and interrupt `tid`, which waits in an ioctl that the caller has not answered yet. Returns at once.
+        """Seize and interrupt `tid`, which waits in an ioctl that is not answered yet. Returns at once.
 
         `timeout` in seconds bounds each later wait. Errors: TracedError (EPERM, another program traces it),
         OSError ESRCH, EPERM (no right), EBUSY (another thread of this process works on that client for
@@ -203,7 +203,8 @@ class Thread:
             self.abandon()
             raise OSError(
                 errno.ENOSYS,
-                f"thread {self.tid} did not stop at a 64-bit system call (code {code.hex() or 'unreadable'} before rip):"
+                f"thread {self.tid} did not stop at a 64-bit system call"
+                f" (code {code.hex() or 'unreadable'} before rip):"
                 " 32-bit programs are not supported",
             )
         self._dirty = True
@@ -261,7 +262,7 @@ class Thread:
             raise OSError(errno.EFAULT, f"client memory {addr:#x}+{len(data):#x} is not accessible")
 
     def receive(self, fd: int, *, cloexec: bool = True) -> tuple[int, int]:
-        """Pass our descriptor `fd` into the client; returns (its number there, the number of a socket the client must close).
+        """Pass our descriptor `fd` into the client; returns its number there and that of a socket to be closed.
 
         An unbound datagram socket is made in the client, a duplicate of it here is bound and sends itself
         the descriptor: so the client's network namespace, root directory and user do not matter. Errors:
@@ -317,14 +318,14 @@ class Thread:
         self.syscall(SYS_CLOSE, fd)
 
     def finish(self, rax: int) -> None:
-        """Let the thread go on with `rax` (negative: -errno) as the result of its ioctl. ClientGoneError when it died."""
+        """Let the thread go on with `rax` (or -errno) as its ioctl's result. ClientGoneError when it died."""
         if self._state == "done":
             return
         self._regs.rax = rax & _U64
         self._let_go()
 
     def abandon(self) -> None:
-        """Let the thread go on as if nothing had been done; never raises. One that has not stopped yet is left to `settle`."""
+        """Let the thread go on as if nothing had been done; never raises. `settle` gets one that runs."""
         if self._state == "done":
             return
         with contextlib.suppress(OSError):
@@ -336,7 +337,7 @@ class Thread:
                 _leftovers()[self.tid] = self
             self._done()
 
-    # -- inside ------------------------------------------------------------------------------------------------
+    # -- inside ------------------------------------------------------------------------------------
 
     def _let_go(self) -> None:
         """Restore registers and mask, detach, deliver what was kept."""
@@ -478,10 +479,11 @@ class Thread:
         """
         try:
             with open(f"/proc/{self.tid}/stat", "rb") as f:
-                start = int(f.read().rpartition(b")")[2].split()[25])  # field 28, startstack
+                start: int = int(f.read().rpartition(b")")[2].split()[25])  # field 28, startstack
         except (OSError, IndexError, ValueError):
             return False
-        return 0 <= start - self._regs.rsp < _MAIN_STACK_NEAR
+        rsp: int = self._regs.rsp
+        return 0 <= start - rsp < _MAIN_STACK_NEAR
 
     @contextlib.contextmanager
     def scratch(self) -> Iterator[int]:

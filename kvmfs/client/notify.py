@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Seccomp user notification: descriptors for a client that another program traces.
+
+`kvmfs run` installs a filter in its child before execve. The KVM ioctls that make a descriptor then do not
+enter the kernel: they come to whoever holds the listener, which carries them out and adds the descriptor
+natively (seccomp_unotify(2)). All other system calls pass at the cost of the filter, all other ioctls reach
+the FUSE node.
+"""
+
+import ctypes
+import errno
+import fcntl
+import os
+import struct
+from dataclasses import dataclass
+from typing import Final
+
+from kvmfs.client.syscalls import SYS_IOCTL, SYS_SECCOMP, prctl, syscall
+
+KVMIO: Final = 0xAE
+# _IOC_NR of KVM_CREATE_VM, _VCPU, _DEVICE, KVM_GET_STATS_FD, KVM_CREATE_GUEST_MEMFD.
+DESCRIPTOR_IOCTLS: Final = (0x01, 0x41, 0xE0, 0xCE, 0xD4)
+
+SECCOMP_SET_MODE_FILTER: Final = 1
+SECCOMP_FILTER_FLAG_NEW_LISTENER: Final = 1 << 3
+SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV: Final = 1 << 5  # 5.19
+SECCOMP_RET_USER_NOTIF: Final = 0x7FC00000
+SECCOMP_RET_ALLOW: Final = 0x7FFF0000
+SECCOMP_IOCTL_NOTIF_RECV: Final = 0xC0502100
+SECCOMP_IOCTL_NOTIF_SEND: Final = 0xC0182101
+SECCOMP_IOCTL_NOTIF_ID_VALID: Final = 0x40082102
+SECCOMP_IOCTL_NOTIF_ADDFD: Final = 0x40182103
+SECCOMP_USER_NOTIF_FLAG_CONTINUE: Final = 1
+SECCOMP_ADDFD_FLAG_SEND: Final = 2  # 5.14
+AUDIT_ARCH_X86_64: Final = 0xC000003E
+PR_SET_NO_NEW_PRIVS: Final = 38
+
+_BPF_LD: Final = 0x20  # 32-bit word at an offset of struct seccomp_data
+_BPF_AND: Final = 0x54
+_BPF_JEQ: Final = 0x15
+_BPF_RET: Final = 0x06
+_NR: Final = 0
+_ARCH: Final = 4
+_ARG1: Final = 24  # the low half: ioctl's command has 32 bits
+
+_NOTIF: Final = struct.Struct("<QIIiIQ6Q")  # struct seccomp_notif
+_RESPONSE: Final = struct.Struct("<QqiI")  # struct seccomp_notif_resp
+_ADDFD: Final = struct.Struct("<QIIII")  # struct seccomp_notif_addfd
+
+
+@dataclass(frozen=True, slots=True)
+class Notification:
+    """A held ioctl: of thread `tid` (0: in no pid namespace of ours), on its descriptor `fd`, with `cmd` and `arg`."""
+
+    id: int
+    tid: int
+    fd: int
+    cmd: int
+    arg: int
+
+
+def filter_program() -> bytes:
+    """The BPF program (an array of struct sock_filter): notify for DESCRIPTOR_IOCTLS, allow everything else."""
+    allow = 6 + len(DESCRIPTOR_IOCTLS)
+    notify = allow + 1
+    code: list[tuple[int, int, int, int]] = []
+
+    def jump_unless(value: int, target: int) -> None:
+        code.append((_BPF_JEQ, 0, target - len(code) - 1, value))
+
+    def jump_if(value: int, target: int) -> None:
+        code.append((_BPF_JEQ, target - len(code) - 1, 0, value))
+
+    # x32 calls have another number (bit 30), 32-bit ones another architecture: neither is notified.
+    code.append((_BPF_LD, 0, 0, _ARCH))
+    jump_unless(AUDIT_ARCH_X86_64, allow)
+    code.append((_BPF_LD, 0, 0, _NR))
+    jump_unless(SYS_IOCTL, allow)
+    code.append((_BPF_LD, 0, 0, _ARG1))
+    code.append((_BPF_AND, 0, 0, 0xFFFF))
+    for nr in DESCRIPTOR_IOCTLS:
+        jump_if(KVMIO << 8 | nr, notify)
+    code.append((_BPF_RET, 0, 0, SECCOMP_RET_ALLOW))
+    code.append((_BPF_RET, 0, 0, SECCOMP_RET_USER_NOTIF))
+    return b"".join(struct.pack("<HBBI", *insn) for insn in code)
+
+
+def install_filter() -> int:
+    """Put the filter on this thread and return the listener, close-on-exec. It stays over fork and execve.
+
+    Sets no_new_privs only when the caller has no CAP_SYS_ADMIN in its user namespace (set-user-ID programs
+    then gain nothing). An interrupted client waits on, killable, once its call was received
+    (WAIT_KILLABLE_RECV, 5.19). Errors: OSError EBUSY (a filter with a listener is there already), EINVAL (a
+    kernel before 5.0), EACCES.
+    """
+    program = ctypes.create_string_buffer(filter_program())
+    header = ctypes.create_string_buffer(struct.pack("<HxxxxxxQ", (len(program) - 1) // 8, ctypes.addressof(program)))
+
+    def install(flags: int) -> int:
+        return syscall(SYS_SECCOMP, SECCOMP_SET_MODE_FILTER, flags, ctypes.addressof(header))
+
+    flags = SECCOMP_FILTER_FLAG_NEW_LISTENER | SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV
+    for _ in range(3):
+        try:
+            listener = install(flags)
+        except OSError as e:
+            if e.errno == errno.EACCES:
+                prctl(PR_SET_NO_NEW_PRIVS, 1)
+            elif e.errno == errno.EINVAL and flags & SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV:
+                flags &= ~SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV
+            else:
+                raise
+        else:
+            os.set_inheritable(listener, False)
+            return listener
+    raise OSError(errno.EACCES, "the seccomp filter of `kvmfs run` was refused, also with no_new_privs")
+
+
+class Notifier:
+    """The supervisor's side. A held ioctl must get exactly one of add_fd_and_return, respond, cont.
+
+    OSError ENOENT from those: the caller is gone or its call was interrupted, there is nothing to answer.
+    """
+
+    def __init__(self, listener: int) -> None:
+        """Take over `listener`, which install_filter returned."""
+        self.listener = listener
+
+    def fileno(self) -> int:
+        """For select and poll: readable when recv has something, hung up when no process uses the filter any more."""
+        return self.listener
+
+    def recv(self) -> Notification:
+        """Wait for the next held ioctl. OSError ENOENT: its caller died meanwhile, or nobody uses the filter any more."""
+        buffer = bytearray(_NOTIF.size)  # the kernel insists on zeros
+        fcntl.ioctl(self.listener, SECCOMP_IOCTL_NOTIF_RECV, buffer, True)
+        ident, tid, _flags, _nr, _arch, _ip, fd, cmd, arg, *_ = _NOTIF.unpack(buffer)
+        return Notification(ident, tid, fd & 0xFFFFFFFF, cmd & 0xFFFFFFFF, arg)
+
+    def add_fd_and_return(self, ident: int, fd: int, *, cloexec: bool = True) -> int:
+        """Give the caller a duplicate of `fd` as the result of its ioctl; returns the number, its lowest free one.
+
+        Errors: OSError ENOENT (gone), EMFILE (its table is full; not answered, respond still must be
+        called).
+        """
+        flags = os.O_CLOEXEC if cloexec else 0
+        try:
+            return self._add(_ADDFD.pack(ident, SECCOMP_ADDFD_FLAG_SEND, fd, 0, flags))
+        except OSError as e:
+            if e.errno != errno.EINVAL:
+                raise
+        # Before 5.14 in two steps; a caller that is interrupted between them keeps a descriptor that it
+        # does not know.
+        number = self._add(_ADDFD.pack(ident, 0, fd, 0, flags))
+        self.respond(ident, number)
+        return number
+
+    def respond(self, ident: int, result: int, error: int = 0) -> None:
+        """Let the ioctl return `result`, or -1 with errno `error` when that is not 0."""
+        self._send(_RESPONSE.pack(ident, 0 if error else result, -error, 0))
+
+    def cont(self, ident: int) -> None:
+        """Let the kernel carry the ioctl out after all: it was on a descriptor that is none of ours."""
+        self._send(_RESPONSE.pack(ident, 0, 0, SECCOMP_USER_NOTIF_FLAG_CONTINUE))
+
+    def valid(self, ident: int) -> bool:
+        """Whether the caller still waits. Ask after opening anything of /proc/TID: only then it was that thread's."""
+        try:
+            fcntl.ioctl(self.listener, SECCOMP_IOCTL_NOTIF_ID_VALID, struct.pack("<Q", ident))
+        except OSError:
+            return False
+        return True
+
+    def close(self) -> None:
+        """Close the listener: calls that are held, and later ones, end with ENOSYS."""
+        fd, self.listener = self.listener, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def _add(self, request: bytes) -> int:
+        # The ioctl returns the new number; a read-only buffer makes fcntl return bytes instead.
+        number: int = fcntl.ioctl(self.listener, SECCOMP_IOCTL_NOTIF_ADDFD, bytearray(request), True)
+        return number
+
+    def _send(self, response: bytes) -> None:
+        fcntl.ioctl(self.listener, SECCOMP_IOCTL_NOTIF_SEND, bytearray(response), True)
