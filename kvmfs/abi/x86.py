@@ -139,6 +139,9 @@ MC_VECTOR: Final = 18
 XM_VECTOR: Final = 19
 VE_VECTOR: Final = 20
 CP_VECTOR: Final = 21
+HV_VECTOR: Final = 28
+VC_VECTOR: Final = 29
+SX_VECTOR: Final = 30
 
 # The exceptions that push an error code (SDM vol. 3A table 6-1), one bit per vector as KVM has it.
 EXCEPTION_HAS_ERROR_CODE: Final = (
