@@ -40,8 +40,9 @@ static bool our_tlb_fill(void *cs, u64 va, int size, int access, int mmu, bool p
             for (int i = 0; i < v->npages; i++)
                 if (v->page[i] == pa) host = e->scratch + 4096 * i;
         t->addend = (u64)host - (va & ~0xfffull);
-        if (t->r != ~0ull) t->r = (t->r & ~(u64)0xfff) | TLB_INVALID;
-        if (t->w != ~0ull) t->w |= TLB_INVALID;
+        // Unicorn leaves -1 in all three; the walk has just allowed this access
+        if (access == 0) t->r = (va & ~0xfffull) | TLB_INVALID;
+        if (access == 1) t->w = (va & ~0xfffull) | TLB_INVALID | TLB_MMIO_BIT;
         return ok;
     }
     u8 bit = 1 << (page & 7);
