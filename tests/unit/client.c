@@ -182,6 +182,7 @@ static int writers(size_t size, int rounds)
 		for (int i = 0; i < WRITERS; i++)
 			have += *(uint64_t *)(guest + p * 4096 + i * 8);
 	printf("result=%ld lost=%ld\n", r, (long)(want - have));
+	fflush(stdout);
 	/* what is written now must be seen through the memfd, and the other way round */
 	*(volatile uint64_t *)(guest + 4096) = 0x1122334455667788;
 	r = ioctl(3, CREATE_VCPU, 0);
@@ -297,6 +298,11 @@ static int blocked(const char *who)
 	char *p = mmap(0, 65536, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	long r;
 
+	if (!strcmp(who, "signal")) {
+		struct sigaction sa = {.sa_handler = on_alarm};
+
+		sigaction(SIGUSR1, &sa, 0);
+	}
 	pthread_create(&a, 0, runner, 0);
 	pthread_create(&b, 0, poller, 0);
 	if (!strcmp(who, "create"))

@@ -151,7 +151,10 @@ def _serve(fuse: int, control: socket.socket) -> None:
     while True:
         ready = dict(poll.poll())
         if control.fileno() in ready:
-            message = control.recv(65536)
+            try:
+                message = control.recv(65536)
+            except ConnectionResetError:
+                return
             if not message:
                 return
             answer = json.loads(message)
