@@ -13,16 +13,16 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from kvmfs.abi.exits import KVM_API_VERSION
-from kvmfs.abi.x86 import KVM_MAX_CPUID_ENTRIES, PAGE_SIZE
+from kvmfs.abi.x86 import KVM_MAX_CPUID_ENTRIES
 from kvmfs.errors import KvmError
 from kvmfs.kvm import caps, cpuid, cpuid_supported, msr_lists
+from kvmfs.kvm.kvm_main import VCPU_MMAP_SIZE
 
 if TYPE_CHECKING:
     from kvmfs.kvm.cpuid import CpuidEntry
     from kvmfs.kvm.host import Memory, RequestLike
     from kvmfs.kvm.kvm_main import Kvm
 
-VCPU_MMAP_SIZE = 3 * PAGE_SIZE          # kvm_run, the PIO data page, the coalesced MMIO ring
 _CPUID_HEADER = struct.Struct("<II")    # nent, padding
 _MSRS_HEADER = struct.Struct("<II")     # nmsrs, pad
 _LIST_HEADER = struct.Struct("<I")      # nmsrs
