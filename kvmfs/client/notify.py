@@ -50,7 +50,7 @@ _ADDFD: Final = struct.Struct("<QIIII")  # struct seccomp_notif_addfd
 
 @dataclass(frozen=True, slots=True)
 class Notification:
-    """A held ioctl: of thread `tid` (0: in no pid namespace of ours), on its descriptor `fd`, with `cmd` and `arg`."""
+    """A held ioctl of thread `tid` (0: not in our pid namespace) on its descriptor `fd`."""
 
     id: int
     tid: int
@@ -60,7 +60,7 @@ class Notification:
 
 
 def filter_program() -> bytes:
-    """The BPF program (an array of struct sock_filter): notify for DESCRIPTOR_IOCTLS, allow everything else."""
+    """The BPF program (struct sock_filter[]): notify for DESCRIPTOR_IOCTLS, allow everything else."""
     allow = 6 + len(DESCRIPTOR_IOCTLS)
     notify = allow + 1
     code: list[tuple[int, int, int, int]] = []
@@ -94,7 +94,8 @@ def install_filter() -> int:
     kernel before 5.0), EACCES.
     """
     program = ctypes.create_string_buffer(filter_program())
-    header = ctypes.create_string_buffer(struct.pack("<HxxxxxxQ", (len(program) - 1) // 8, ctypes.addressof(program)))
+    length = (len(program) - 1) // 8
+    header = ctypes.create_string_buffer(struct.pack("<HxxxxxxQ", length, ctypes.addressof(program)))
 
     def install(flags: int) -> int:
         return syscall(SYS_SECCOMP, SECCOMP_SET_MODE_FILTER, flags, ctypes.addressof(header))
@@ -127,18 +128,18 @@ class Notifier:
         self.listener = listener
 
     def fileno(self) -> int:
-        """For select and poll: readable when recv has something, hung up when no process uses the filter any more."""
+        """For select and poll: readable when recv has something, hung up when nobody uses the filter."""
         return self.listener
 
     def recv(self) -> Notification:
-        """Wait for the next held ioctl. OSError ENOENT: its caller died meanwhile, or nobody uses the filter any more."""
+        """Wait for the next held ioctl. OSError ENOENT: its caller died, or nobody uses the filter any more."""
         buffer = bytearray(_NOTIF.size)  # the kernel insists on zeros
         fcntl.ioctl(self.listener, SECCOMP_IOCTL_NOTIF_RECV, buffer, True)
         ident, tid, _flags, _nr, _arch, _ip, fd, cmd, arg, *_ = _NOTIF.unpack(buffer)
         return Notification(ident, tid, fd & 0xFFFFFFFF, cmd & 0xFFFFFFFF, arg)
 
     def add_fd_and_return(self, ident: int, fd: int, *, cloexec: bool = True) -> int:
-        """Give the caller a duplicate of `fd` as the result of its ioctl; returns the number, its lowest free one.
+        """Give the caller a duplicate of `fd` as its ioctl's result; returns the number, its lowest free one.
 
         Errors: OSError ENOENT (gone), EMFILE (its table is full; not answered, respond still must be
         called).
@@ -164,7 +165,7 @@ class Notifier:
         self._send(_RESPONSE.pack(ident, 0, 0, SECCOMP_USER_NOTIF_FLAG_CONTINUE))
 
     def valid(self, ident: int) -> bool:
-        """Whether the caller still waits. Ask after opening anything of /proc/TID: only then it was that thread's."""
+        """Whether the caller still waits. Ask after opening something of /proc/TID: was it that thread's?"""
         try:
             fcntl.ioctl(self.listener, SECCOMP_IOCTL_NOTIF_ID_VALID, struct.pack("<Q", ident))
         except OSError:

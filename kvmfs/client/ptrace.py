@@ -5,6 +5,7 @@ import ctypes
 import errno
 import os
 import signal
+import threading
 import time
 from typing import Final
 
@@ -145,11 +146,34 @@ def attach(tid: int, options: int, deadline: float) -> int:
             raise TracedError(
                 errno.EPERM,
                 f"thread {tid} ({command_of(tid)}) is traced by process {tracer} ({command_of(tracer)}),"
-                " so it cannot be given descriptors from outside; start the program with `kvmfs run` to use it"
-                " under a tracer",
+                " so it cannot be given descriptors from outside; start the program with `kvmfs run`"
+                " to use it under a tracer",
             )
         if time.monotonic() >= deadline:
             raise OSError(errno.EBUSY, f"thread {tid} is still held by thread {tracer} of this process")
         time.sleep(200e-6)
     ptrace(PTRACE_INTERRUPT, tid)
     return options
+
+
+class ClientLocks:
+    """A lock per client thread group, forgotten when nobody holds or wants it."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._held: set[int] = set()
+
+    def acquire(self, tgid: int, deadline: float) -> None:
+        """Take the lock of `tgid`. OSError EBUSY at the deadline (time.monotonic)."""
+        with self._changed:
+            while tgid in self._held:
+                left = deadline - time.monotonic()
+                if left <= 0 or not self._changed.wait(left):
+                    raise OSError(errno.EBUSY, f"process {tgid} is still being worked on by another thread")
+            self._held.add(tgid)
+
+    def release(self, tgid: int) -> None:
+        """Give the lock of `tgid` back."""
+        with self._changed:
+            self._held.discard(tgid)
+            self._changed.notify_all()

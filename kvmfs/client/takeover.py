@@ -22,10 +22,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from kvmfs.client.process import Process, Vma
+from kvmfs.client.process import Process, Vma, status_field
 from kvmfs.client.stop import StoppedProcess
 from kvmfs.client.syscalls import Iovec, process_vm_readv
-from kvmfs.client.tracer import ClientGoneError, Thread
+from kvmfs.client.tracer import ClientGoneError, Thread, settle
 
 MEMFD_NAME: Final = "kvmfs-guest"
 PAGE_SIZE: Final = 4096
@@ -99,12 +99,16 @@ def take_over(process: Process, thread: Thread, hva: int, size: int) -> list[Seg
     EMFILE, EINVAL (a part of a huge page); the client then has its memory as it was (pieces of private file
     mappings may have been replaced by equal contents).
     """
-    with StoppedProcess(process, thread.tid, timeout=thread.timeout):
-        parts = _parts(process, hva, size)
-        replaced = [part for part in parts if part.vma is not None and _must_replace(process, part.vma)]
-        if replaced:
-            _replace(process, thread, replaced)
-        segments = _resolve(process, _parts(process, hva, size))
+    try:
+        with StoppedProcess(process, thread.tid, timeout=thread.timeout):
+            parts = _parts(process, hva, size)
+            replaced = [part for part in parts if part.vma is not None and _must_replace(process, part.vma)]
+            if replaced:
+                _replace(process, thread, replaced)
+            segments = _resolve(process, _parts(process, hva, size))
+    except ClientGoneError:
+        settle(1.0)  # a leader can be reaped only now that its other threads are let go
+        raise
     if segments is None:
         raise OSError(errno.EFAULT, f"client memory {hva:#x}+{size:#x} could not be taken over")
     return segments
@@ -188,9 +192,7 @@ def _append(segments: list[Segment], new: Segment) -> None:
         and (last.hole or last.offset + last.size == new.offset)
     ):
         new.close()
-        segments[-1] = Segment(
-            last.hva, last.size + new.size, last.fd, last.offset, last.writable, last.dev, last.inode
-        )
+        segments[-1] = Segment(last.hva, last.size + new.size, last.fd, last.offset, last.writable, last.dev, last.inode)
     else:
         segments.append(new)
 
@@ -322,20 +324,14 @@ def _remember(process: Process, memfd: int) -> None:
     for vma in process.vmas():
         if vma.inode == made.st_ino and vma.path.startswith(f"/memfd:{MEMFD_NAME}"):
             try:
-                os.close(
-                    os.open(
-                        f"/proc/{process.tid}/map_files/{vma.start:x}-{vma.end:x}", os.O_PATH | os.O_CLOEXEC
-                    )
-                )
+                os.close(os.open(f"/proc/{process.tid}/map_files/{vma.start:x}-{vma.end:x}", os.O_PATH | os.O_CLOEXEC))
             except PermissionError:
                 kept = fcntl.fcntl(memfd, fcntl.F_DUPFD_CLOEXEC, 0)
                 _remembered[(vma.dev, vma.inode)] = (process.tgid, kept)
             return
 
 
-def _put_back(
-    process: Process, thread: Thread, part: _Part, ranges: list[tuple[int, int]], window: mmap.mmap, low: int
-) -> None:
+def _put_back(process: Process, thread: Thread, part: _Part, ranges: list[tuple[int, int]], window: mmap.mmap, low: int) -> None:
     """Undo one replaced part: private memory again, with the same contents. A file's part keeps its copy."""
     assert part.vma is not None
     if part.vma.inode:
@@ -349,11 +345,7 @@ def _put_back(
 
 
 def _prot(vma: Vma) -> int:
-    return sum(
-        bit
-        for letter, bit in (("r", mmap.PROT_READ), ("w", mmap.PROT_WRITE), ("x", mmap.PROT_EXEC))
-        if letter in vma.perms
-    )
+    return sum(bit for letter, bit in (("r", mmap.PROT_READ), ("w", mmap.PROT_WRITE), ("x", mmap.PROT_EXEC)) if letter in vma.perms)
 
 
 def _copy(process: Process, tid: int, part: _Part, window: mmap.mmap, low: int) -> list[tuple[int, int]]:
@@ -375,8 +367,8 @@ def _copy(process: Process, tid: int, part: _Part, window: mmap.mmap, low: int) 
                 remote[i].base, remote[i].len = start, end - start
                 total += end - start
             if process_vm_readv(tid, local, remote, len(batch)) != total:
-                for start, end in batch:
-                    _copy_slowly(process, start, end, window, low)
+                for span in batch:
+                    _copy_slowly(process, tid, span, window, low)
     finally:
         del anchor
     return ranges
@@ -398,19 +390,26 @@ def _batches(ranges: list[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
         yield batch
 
 
-def _copy_slowly(process: Process, start: int, end: int, window: mmap.mmap, low: int) -> None:
+def _copy_slowly(process: Process, tid: int, span: tuple[int, int], window: mmap.mmap, low: int) -> None:
     """Copy page by page through /proc/PID/mem, which also reads what the client itself may not.
 
-    What cannot be read at all (a file's mapping behind the end of the file) stays zero.
+    What cannot be read at all (a file's mapping behind the end of the file) stays zero. OSError ESRCH when
+    the client died.
     """
+    failed = 0
     with memoryview(window) as view:
-        for at in range(start, end, PAGE_SIZE):
-            with contextlib.suppress(OSError), view[at - low : at - low + PAGE_SIZE] as page:
-                process.memory.readinto(at, page)
+        for at in range(*span, PAGE_SIZE):
+            try:
+                with view[at - low : at - low + PAGE_SIZE] as page:
+                    process.memory.readinto(at, page)
+            except OSError:
+                if failed % 256 == 0 and (status_field(tid, "State") or "X")[0] in "ZX":
+                    raise ProcessLookupError(errno.ESRCH, f"thread {tid} is gone") from None
+                failed += 1
 
 
 def populated(tid: int, low: int, high: int) -> Iterator[tuple[int, int]]:
-    """The ranges of [low, high) that hold pages of their own: present or swapped out, and not the zero page."""
+    """The ranges of [low, high) that hold pages: present or swapped out, and not the zero page."""
     fd = os.open(f"/proc/{tid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
     try:
         try:

@@ -28,6 +28,7 @@ import struct
 import threading
 import time
 from collections.abc import Iterator
+from types import TracebackType
 from typing import Final, NoReturn, Self
 
 from kvmfs.client.process import command_of, status_field, take_descriptor, tgid_of
@@ -45,6 +46,7 @@ from kvmfs.client.ptrace import (
     TIMEOUT,
     WALL,
     ClientGoneError,
+    ClientLocks,
     Registers,
     TracedError,
     attach,
@@ -71,6 +73,7 @@ _MAIN_STACK_NEAR: Final = 1 << 20
 _MAX_ERRNO: Final = 4095
 _ERESTART: Final = range(-516, -511)  # ERESTARTSYS … ERESTART_RESTARTBLOCK
 _U64: Final = (1 << 64) - 1
+_DEATH: Final = 0.1  # seconds in which a killed thread is gone, unless it waits for another one
 _ALL_SIGNALS: Final = ctypes.c_uint64(_U64)
 
 PROT_RW: Final = 3
@@ -80,28 +83,7 @@ MAP_PRIVATE_ANON: Final = 0x22
 __all__ = ["TIMEOUT", "ClientGoneError", "Thread", "TracedError", "settle"]
 
 
-class _ClientLocks:
-    """A lock per client thread group, forgotten when nobody holds or wants it."""
-
-    def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._held: set[int] = set()
-
-    def acquire(self, tgid: int, deadline: float) -> None:
-        with self._changed:
-            while tgid in self._held:
-                left = deadline - time.monotonic()
-                if left <= 0 or not self._changed.wait(left):
-                    raise OSError(errno.EBUSY, f"process {tgid} is still being worked on by another thread")
-            self._held.add(tgid)
-
-    def release(self, tgid: int) -> None:
-        with self._changed:
-            self._held.discard(tgid)
-            self._changed.notify_all()
-
-
-_locks: Final = _ClientLocks()
+_locks: Final = ClientLocks()
 _left: Final = threading.local()  # .threads: tracees of this thread that did not stop or die in time
 
 
@@ -113,17 +95,22 @@ def _leftovers() -> "dict[int, Thread]":
     return left
 
 
-def settle() -> int:
+def settle(timeout: float = 0.0) -> int:
     """Detach or reap what earlier calls of this thread had to leave behind; returns how many are still left.
 
-    Call it now and then (after an answer was sent, and before the thread ends). Leftovers exist only when a
-    client did not come back in time or was killed while one of its other threads could not die yet.
+    Waits up to `timeout` seconds. Call it now and then, after an answer was sent (`seize` does it too; the end of this thread
+    does it for good). Leftovers exist only when a client did not come back in time or was killed while
+    one of its other threads could not die yet.
     """
     left = _leftovers()
-    for tid, thread in list(left.items()):
-        if thread._try_release():
-            del left[tid]
-    return len(left)
+    deadline = time.monotonic() + timeout
+    while True:
+        for tid, thread in list(left.items()):
+            if thread._try_release():
+                del left[tid]
+        if not left or time.monotonic() >= deadline:
+            return len(left)
+        time.sleep(1e-3)
 
 
 class Thread:
@@ -175,6 +162,13 @@ class Thread:
             thread._done()
             raise
         return thread
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        """Abandon the thread unless it was finished."""
+        self.abandon()
 
     def arrive(self) -> None:
         """Wait until the thread has come out of its ioctl, which must have been answered.
@@ -262,15 +256,13 @@ class Thread:
             raise OSError(errno.EFAULT, f"client memory {addr:#x}+{len(data):#x} is not accessible")
 
     def receive(self, fd: int, *, cloexec: bool = True) -> tuple[int, int]:
-        """Pass our descriptor `fd` into the client; returns its number there and that of a socket to be closed.
+        """Pass our descriptor `fd` into the client; returns its number there and a socket's, to be closed.
 
         An unbound datagram socket is made in the client, a duplicate of it here is bound and sends itself
         the descriptor: so the client's network namespace, root directory and user do not matter. Errors:
         OSError with the client's errno (EMFILE, ENFILE …).
         """
-        sock_no = _checked(
-            self.syscall(SYS_SOCKET, socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC, 0), "socket"
-        )
+        sock_no = _checked(self.syscall(SYS_SOCKET, socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC, 0), "socket")
         try:
             with socket.socket(fileno=take_descriptor(self.tid, self.tgid, sock_no)) as ours:
                 ours.bind("")  # the kernel picks a free abstract name
@@ -381,9 +373,7 @@ class Thread:
                 signal.SIGILL,
                 signal.SIGSYS,
             ) and not is_event_stop(status):
-                raise OSError(
-                    errno.EIO, f"thread {self.tid} met signal {status >> 8 & 0xFF} instead of a system call"
-                )
+                raise OSError(errno.EIO, f"thread {self.tid} met signal {status >> 8 & 0xFF} instead of a system call")
         raise OSError(errno.EIO, f"thread {self.tid} does not reach its system call")
 
     def _wait(self, deadline: float) -> int:
@@ -411,7 +401,7 @@ class Thread:
 
     def _reap(self) -> NoReturn:
         """Collect a tracee that is dying; raises ClientGoneError."""
-        deadline = time.monotonic() + min(self.timeout, 0.5)
+        deadline = time.monotonic() + min(self.timeout, _DEATH)
         while True:
             try:
                 status = wait_status(self.tid, deadline)
@@ -512,11 +502,7 @@ class Thread:
         """Run recvmsg on `sock_no` in the client; the number of the descriptor that came with the message."""
         with self.scratch() as base:
             iov, byte, control = base + 56, base + 72, base + 80
-            message = (
-                struct.pack("<QIIQQQQII", 0, 0, 0, iov, 1, control, 24, 0, 0)
-                + struct.pack("<QQ", byte, 1)
-                + bytes(32)
-            )
+            message = struct.pack("<QIIQQQQII", 0, 0, 0, iov, 1, control, 24, 0, 0) + struct.pack("<QQ", byte, 1) + bytes(32)
             self.write(base, message)
             flags = socket.MSG_DONTWAIT | (socket.MSG_CMSG_CLOEXEC if cloexec else 0)
             _checked(self.syscall(SYS_RECVMSG, sock_no, base, flags), "recvmsg")

@@ -9,6 +9,7 @@ import resource
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -26,10 +27,10 @@ pytestmark = pytest.mark.skipif(not client_rig.usable(), reason="needs root and 
 
 
 @pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("client")
-    directory.chmod(0o755)
-    return client_rig.compile_client(directory)
+def program() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory() as directory:  # pytest's own are closed to other users
+        Path(directory).chmod(0o755)
+        yield client_rig.compile_client(Path(directory))
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -30,10 +31,10 @@ needs_rig = pytest.mark.skipif(not client_rig.usable(), reason="needs root and /
 
 
 @pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("client")
-    directory.chmod(0o755)
-    return client_rig.compile_client(directory)
+def program() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory() as directory:  # pytest's own are closed to other users
+        Path(directory).chmod(0o755)
+        yield client_rig.compile_client(Path(directory))
 
 
 @pytest.fixture
@@ -458,7 +459,10 @@ def test_killed_while_taken_over(rig: Rig, program: Path, delay: float) -> None:
     killer.start()
     with contextlib.suppress(ClientGoneError, ProcessLookupError, OSError):
         for _ in range(4):
-            segments, _ = take(rig, call)
+            try:
+                segments, _ = take(rig, call)
+            finally:
+                rig.answer(call, -errno.EIO)  # a killed client still waits for the answer to its ioctl
             close_segments(segments)
             call = rig.call(SET_MEMORY, timeout=0.3)
     killer.join()
