@@ -149,6 +149,15 @@ class Cpu(StateFields):
         """Complete what is open with what :attr:`data` holds, without entering the guest. 0, or a further exit."""
         return self._nv_complete(self._ptr)
 
+    def forget_io(self) -> None:
+        """Drop what the last I/O exit left open: the guest will be elsewhere."""
+        self._info.pend = 0
+
+    def host_tsc(self) -> int:
+        """The host's time stamp counter now; the guest's is this plus :attr:`tsc_offset`."""
+        value: int = self._lib.nv_host_tsc()
+        return value
+
     @property
     def completion_pending(self) -> bool:
         """Whether the last I/O exit is still to be completed."""

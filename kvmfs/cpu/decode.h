@@ -34,7 +34,11 @@ static void decode(Engine *e, const char *state, Insn *in) {
     if (o66 && !rexw) size = size == 4 ? 2 : 4;
     in->osize = rexw ? 8 : size;
     in->asize = addr;
-    if (in->two) return;
+    if (in->two) {
+        in->movbe = in->op == 0x38 && i < n && b[i] == 0xf1 && in->rep != 0xf2;
+        in->rep = 0;
+        return;
+    }
     if ((in->op & 0xfc) == 0xe4) { in->plain = 1; i++; }
     else if ((in->op & 0xfc) == 0xec) in->plain = 1;
     else if (!is_string(in->op)) { in->rep = 0; return; }

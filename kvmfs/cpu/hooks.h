@@ -171,6 +171,7 @@ static void record(Vcpu *v, u64 gpa, int size, u64 val, int recur) {
     if (recur && last && last->recur && last->gpa + last->size == gpa && last->size < 8 && (gpa & 0xfff)) {
         last->data[last->size++] = val; // the pieces of an unaligned store are bytes
     } else if (v->nev < MAX_EVENTS) {
+        if (v->movbe && !recur) val = __builtin_bswap64(val) >> (64 - 8 * size); // the callback gets the register's order
         v->ev[v->nev] = (Event){.kind = EXIT_MMIO_WRITE, .size = size, .recur = recur, .gpa = gpa};
         memcpy(v->ev[v->nev++].data, &val, 8);
     }

@@ -9,6 +9,7 @@ which sit at known places in this build are there.
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib.metadata
 import importlib.util
 import platform
@@ -194,8 +195,10 @@ class VcpuInfo(ctypes.Structure):
     kick: int
 
 
+@functools.cache
 def load() -> ctypes.CDLL:
     """The native module, its functions typed. ctypes releases the GIL while one runs.
+    Once loaded it needs no more files, so that a worker without rights can have it from its parent.
 
     Raises LayoutError, naming both versions, when the installed Unicorn or the machine is another.
     """
@@ -229,6 +232,7 @@ def load() -> ctypes.CDLL:
         "nv_translate": (u64, (ptr, u64)),
         "nv_fxsave": (None, (ptr, ptr)),
         "nv_fxrstor": (None, (ptr, ptr)),
+        "nv_host_tsc": (u64, ()),
     }
     for name, (result, arguments) in prototypes.items():
         function = getattr(lib, name)

@@ -90,6 +90,7 @@ static int replay(Vcpu *v) {
     u64 eip = S(u64, EIP);
     Insn in;
     decode(e, v->state, &in);
+    v->movbe = in.movbe;
     v->nev = v->evpos = 0;
     v->steps = v->used = v->allow = 0;
     v->npages = 0;

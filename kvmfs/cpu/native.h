@@ -55,7 +55,7 @@ typedef struct Exit { // ctypes: cpu.ExitInfo
 
 typedef struct { u64 gpa; u32 size, part; u8 data[8]; } Known; // part: of an access that crosses pages, 1 or 2
 typedef struct { u32 kind, size, port, recur; u64 gpa; u8 data[8]; } Event;
-typedef struct { u8 op, two, rep, len, osize, asize, plain; } Insn;
+typedef struct { u8 op, two, rep, len, osize, asize, plain, movbe; } Insn;
 
 struct Engine;
 typedef struct Vcpu {
@@ -78,7 +78,7 @@ typedef struct Vcpu {
     struct Engine *e;
     char *image;
     atomic_flag lk;
-    int in_guest, replaying, steps, used, delivering, delivering_soft, ins_pos, cross_left, cross_size, allow;
+    int in_guest, replaying, movbe, steps, used, delivering, delivering_soft, ins_pos, cross_left, cross_size, allow;
     const u8 *in_data;
     Insn insn;
     Known known[MAX_KNOWN];

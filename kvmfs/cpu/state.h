@@ -283,3 +283,5 @@ void nv_fxrstor(Vcpu *v, const u8 *b) {
     p_mxcsr(v->state);
     p_fpuc(v->state);
 }
+
+u64 nv_host_tsc(void) { return __builtin_ia32_rdtsc(); }
