@@ -32,12 +32,10 @@ _RESET_INTERCEPTS: Final = (
     15,  # RDPMC
     18,  # CPUID
     19,  # RSM
-    22,  # INVD
     24,  # HLT
     28,  # MSR
     31,  # SHUTDOWN
     *range(32, 39),  # VMRUN VMMCALL VMLOAD VMSAVE STGI CLGI SKINIT
-    40,  # ICEBP, delivered natively as #DB
     42,  # MONITOR
     43,  # MWAIT
 )
@@ -238,8 +236,10 @@ class Cpu(StateFields):
     # --- intercepts ---
 
     def set_intercept(self, *bits: int) -> None:
-        """Intercept exactly these; bit n is exit code 0x60 + n. Without HLT, SHUTDOWN or ICEBP the engine would hang: they stay."""
-        mask = 1 << 24 | 1 << 31 | 1 << 40
+        """Intercept exactly these; bit n is exit code 0x60 + n. HLT and SHUTDOWN stay.
+
+        INVD and WBINVD both have bit 41 (exit 0x89)."""
+        mask = 1 << 24 | 1 << 31
         for bit in bits:
             mask |= 1 << bit
         self._s.intercept = mask & ~(1 << 4)

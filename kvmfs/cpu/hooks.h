@@ -35,7 +35,17 @@ static void h_intr(void *uc, u32 no, void *user) {
             // Every #UD is intercepted, else Unicorn ends; VMCALL is one for it, as on AMD's CPUs.
             u8 b[3];
             u64 ip = F(Seg, SEGS + 24).base + F(u64, EIP);
-            if (guest_fetch(e, e->env, ip, b, 3) == 3 && b[0] == 0x0f && b[1] == 1 && b[2] == 0xc1) {
+            int n = guest_fetch(e, e->env, ip, b, 3);
+            if (n && b[0] == 0xf1) { // ICEBP, which this build does not know: #DB, as a trap
+                set_eip(e->env, F(u64, EIP) + 1);
+                F(int32_t, ERROR_CODE) = 0;
+                if (F(u32, ICEPT_EXC) & 2) vmexit(v, 0x41);
+                F(int32_t, C_EXC_INDEX) = 1;
+                F(int32_t, IS_INT) = 0;
+                deliver(v, 1, 0);
+                return;
+            }
+            if (n == 3 && b[0] == 0x0f && b[1] == 1 && b[2] == 0xc1) {
                 F(int32_t, ERROR_CODE) = 1;
                 vmexit(v, 0x81);
             }
@@ -43,13 +53,6 @@ static void h_intr(void *uc, u32 no, void *user) {
             no = 6;
             F(int32_t, C_EXC_INDEX) = 6;
             F(int32_t, ERROR_CODE) = 0;
-            F(int32_t, IS_INT) = 0;
-        } else if (code == 0x88) { // ICEBP: QEMU would stop in its debugger
-            if (F(u32, ICEPT_EXC) & 2) { set_eip(e->env, F(u64, EIP) + 1); F(int32_t, ERROR_CODE) = 0; vmexit(v, 0x41); }
-            F(int32_t, C_EXC_INDEX) = no = 1;
-            F(u64, NEXT_EIP) = F(u64, EIP) + 1;
-            F(int32_t, ERROR_CODE) = 0;
-            F(u64, EIP)++;
             F(int32_t, IS_INT) = 0;
         } else {
             vmexit(v, code);
