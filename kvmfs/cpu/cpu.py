@@ -62,8 +62,9 @@ class Injection(NamedTuple):
 class Cpu(StateFields):
     """One vCPU. Everything but :meth:`kick` is for one thread at a time, while the vCPU does not run."""
 
-    def __init__(self, lib: ctypes.CDLL, pointer: int, index: int) -> None:
+    def __init__(self, lib: ctypes.CDLL, pointer: int, index: int, engine: object) -> None:
         """For :meth:`Engine.create_cpu` only."""
+        self._engine = engine  # owns the memory at pointer
         self.index = index
         self._lib = lib
         self._ptr = ctypes.c_void_p(pointer)
@@ -168,7 +169,8 @@ class Cpu(StateFields):
     def insn_bytes(self, count: int = 15) -> bytes:
         """Up to count bytes at cs:rip; fewer where memory ends."""
         buffer = ctypes.create_string_buffer(count)
-        return buffer.raw[: self._lib.nv_insn_bytes(self._ptr, buffer, count)]
+        got: int = self._lib.nv_insn_bytes(self._ptr, buffer, count)
+        return buffer.raw[:got]
 
     def translate(self, address: int) -> int | None:
         """The guest physical address of a linear one by the guest's page tables, None when it is not present."""

@@ -97,7 +97,7 @@ class Engine:
         pointer = self._lib.nv_cpu_new(self._engine)
         if not pointer:
             raise MemoryError("vCPU")
-        cpu = Cpu(self._lib, pointer, index)
+        cpu = Cpu(self._lib, pointer, index, self)
         for other in self.cpus:
             other.rebind()
         self.cpus.append(cpu)
@@ -109,3 +109,7 @@ class Engine:
             self._lib.nv_engine_close(self._engine)
             self._engine = ctypes.c_void_p()
             self._uc = None
+
+    def __del__(self) -> None:
+        if getattr(self, "_engine", None):
+            self.close()

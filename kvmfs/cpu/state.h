@@ -152,30 +152,30 @@ int nv_map(Engine *e, u64 gpa, u64 size, u8 *host, int readonly) {
     return err;
 }
 
+static void invalidate_nothing(void *uc, u64 address, size_t size) {
+    (void)uc;
+    (void)address;
+    (void)size;
+}
+
 int nv_unmap(Engine *e, u64 gpa) {
     int i = 0, err = 1;
     enter(e, NULL, 1);
     while (i < e->nregions && e->region[i].gpa != gpa) i++;
     if (i < e->nregions) {
         Region r = e->region[i];
-        // Unicorn translates the region's addresses as virtual ones: let them be equal, and keep what a fault would change
-        u64 cr0 = F(u64, CR), cr2 = F(u64, CR + 16);
-        u32 hf = F(u32, HFLAGS), ec = F(u32, ERROR_CODE), idx = F(u32, C_EXC_INDEX);
-        F(u64, CR) &= 0x7fffffff;
-        F(u32, HFLAGS) |= HF_LMA;
-        p_tlb_flush(e->cpu);
+        // Unicorn would take the region's addresses for virtual ones and fault; all translations go anyway (below), since
+        // another region may get its ram addresses
+        void *invalidate = UC(void *, UC_INVALIDATE_TB);
+        UC(void *, UC_INVALIDATE_TB) = (void *)invalidate_nothing;
         err = p_unmap(e->uc, r.gpa, r.size);
-        F(u64, CR) = cr0;
-        F(u64, CR + 16) = cr2;
-        F(u32, HFLAGS) = hf;
-        F(u32, ERROR_CODE) = ec;
-        F(u32, C_EXC_INDEX) = idx;
+        UC(void *, UC_INVALIDATE_TB) = invalidate;
         if (!err) {
             memmove(&e->region[i], &e->region[i + 1], (--e->nregions - i) * sizeof r);
             renew_hooks(e);
             for (u64 p = gpa >> 12; p < (gpa + r.size) >> 12; p++) e->code[p >> 3] &= ~(1 << (p & 7));
         }
-        p_tb_flush(e->cpu); // another region may get its ram addresses
+        p_tb_flush(e->cpu);
         p_tlb_flush(e->cpu);
     }
     leave_engine(e, NULL);
