@@ -61,16 +61,18 @@ class ClientMemory:
 
     def readinto(self, addr: int, buffer: Buffer) -> None:
         """Fill the whole writable `buffer` from `addr`."""
-        view = memoryview(buffer).cast("B")
-        done = 0
-        while done < len(view):
-            try:
-                got = os.preadv(self.fd, [view[done:]], addr + done)
-            except (OSError, OverflowError):
-                got = 0
-            if got <= 0:
-                raise _fault(addr + done, len(view) - done)
-            done += got
+        # Released in any case: the frame of a fault would keep the caller's buffer exported.
+        with memoryview(buffer) as plain, plain.cast("B") as view:
+            done = 0
+            while done < len(view):
+                try:
+                    with view[done:] as rest:
+                        got = os.preadv(self.fd, [rest], addr + done)
+                except (OSError, OverflowError):
+                    got = 0
+                if got <= 0:
+                    raise _fault(addr + done, len(view) - done)
+                done += got
 
     def write(self, addr: int, data: Buffer) -> None:
         """Write all of `data` at `addr`. On a fault a beginning of it may have been written."""

@@ -193,6 +193,8 @@ class Thread:
             code = self.read(self._regs.rip - len(SYSCALL_INSN), len(SYSCALL_INSN))
         except OSError:
             code = b""
+        if not code and (status_field(self.tid, "State") or "X")[0] not in "tT":
+            self._reap()  # killed: it is the address space that has gone
         if code != SYSCALL_INSN or signed(self._regs.orig_rax) < 0:
             self.abandon()
             raise OSError(
@@ -378,16 +380,23 @@ class Thread:
 
     def _wait(self, deadline: float) -> int:
         """The next stop of the thread. ClientGoneError (reaped), TimeoutError."""
-        try:
-            status = wait_status(self.tid, deadline)
-        except ChildProcessError:
-            self._gone(None)
-        if status is None:
-            raise TimeoutError(
-                errno.ETIMEDOUT,
-                f"thread {self.tid} ({command_of(self.tid)}) did not stop within {self.timeout:g} s"
-                f" (state {status_field(self.tid, 'State') or 'gone'})",
-            )
+        status = None
+        while status is None:
+            now = time.monotonic()
+            try:
+                status = wait_status(self.tid, min(deadline, now + _DEATH))
+            except ChildProcessError:
+                self._gone(None)
+            if status is None:
+                state = status_field(self.tid, "State") or "X"
+                # A killed leader whose other threads are not reaped yet is a zombie that waitpid does not report.
+                if state[0] in "ZX":
+                    self._reap()
+                if now >= deadline:
+                    raise TimeoutError(
+                        errno.ETIMEDOUT,
+                        f"thread {self.tid} ({command_of(self.tid)}) did not stop within {self.timeout:g} s (state {state})",
+                    )
         if not os.WIFSTOPPED(status):
             self._gone(status)
         return status

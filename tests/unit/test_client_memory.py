@@ -66,7 +66,11 @@ def take(rig: Rig, call: Call | None = None) -> tuple[list[Segment], bool]:
         except OSError as e:
             thread.finish(-(e.errno or errno.EIO))
             raise
-        thread.finish(0)
+        try:
+            thread.finish(0)
+        except ClientGoneError:
+            close_segments(segments)
+            raise
         return segments, True
 
 
