@@ -1,18 +1,19 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The channel: this process's end of a FUSE connection.
 
-pyfuse3 has no ioctl and no interrupt handler, and no handler of its own would be as fast as a KVM_RUN needs it. So the
-channel owns /dev/fuse. It answers FUSE_IOCTL and FUSE_INTERRUPT itself and passes everything else on to stock pyfuse3,
-which is given one end of a socketpair as the "mount point" /dev/fd/N and never knows.
+pyfuse3 has no ioctl and no interrupt handler, and no handler of its own would be as fast as a KVM_RUN needs
+it. So the channel owns /dev/fuse. It answers FUSE_IOCTL and FUSE_INTERRUPT itself and passes everything else
+on to stock pyfuse3, which is given one end of a socketpair as the "mount point" /dev/fd/N and never knows.
 
 Why it is as it is (figures: one core, Linux 6.18, CPython 3.11):
 
 - An ioctl is answered in the thread that read it. Any hand-over to another thread costs 5 to 70 µs.
 - All reader threads share the one descriptor. The kernel wakes one of them per request; cloned descriptors
   (FUSE_DEV_IOC_CLONE) were not faster and each costs a descriptor and a rule (answer where you read).
-- One reader is fastest, but a thread that runs a guest reads nothing. `may_block` makes sure that another one does.
-- FUSE_INTERRUPT may be read by another thread before its request was looked at by the one that read it. Such early
-  interrupts are remembered; `Request.interrupted` is set before the handler sees the request.
+- One reader is fastest, but a thread that runs a guest reads nothing. `may_block` makes sure that another one
+  does.
+- FUSE_INTERRUPT may be read by another thread before its request was looked at by the one that read it. Such
+  early interrupts are remembered; `Request.interrupted` is set before the handler sees the request.
 """
 
 from __future__ import annotations
@@ -54,8 +55,8 @@ Outcome: TypeAlias = int | Payload | tuple[int, Payload] | None
 
 _NO_DATA: Final = memoryview(b"")
 _IOCTL_REPLY_SIZE: Final = IOCTL_REPLY.size
-# Early interrupts live for the microseconds until the other thread looks at its request; those of requests that were
-# answered meanwhile are never asked for and fall out here.
+# Early interrupts live for the microseconds until the other thread looks at its request; those of requests
+# that were answered meanwhile are never asked for and fall out here.
 _MAX_EARLY: Final = 1024
 # The largest message that pyfuse3 sends: a READ or READDIR reply of MAX_WRITE bytes with its header.
 _MAX_REPLY: Final = 4 * BUFFER_SIZE
@@ -69,12 +70,12 @@ class Request:
     tid       the calling *thread* in the pid namespace of whoever mounted; 0 when it has no number there
     uid, gid  the caller's fsuid and fsgid, in the mount's user namespace
     cmd, arg  the ioctl's number and its third argument, as given (32 and 64 bits)
-    data      what the kernel copied in: _IOC_SIZE bytes when the number says _IOC_WRITE, else empty. A view of the
-              reader's buffer: valid until the handler returns, copy what is needed longer
+    data      what the kernel copied in: _IOC_SIZE bytes when the number says _IOC_WRITE, else empty. A view
+              of the reader's buffer: valid until the handler returns, copy what is needed longer
     out_size  how many bytes the kernel can copy out; more data in the answer is EIO for the client
     interrupted  a signal is pending for the caller (at most one such notice comes per request)
-    context   for the handler's own use. To block without losing an interrupt: set context, then look at interrupted;
-              the interrupt callback comes after interrupted was set and looks at context
+    context   for the handler's own use. To block without losing an interrupt: set context, then look at
+              interrupted; the interrupt callback comes after interrupted was set and looks at context
     """
 
     __slots__ = (
@@ -121,18 +122,19 @@ IoctlHandler: TypeAlias = Callable[[Request], Outcome]
 class Channel:
     """Serves one connection.
 
-    fuse_fd      an open /dev/fuse that was mounted (kvmfs.fuse.mount). It must stay open until the process ends: a
-                 handler that is late would otherwise answer into whatever has that number by then
-    ioctl        called in a reader thread for every FUSE_IOCTL; what it returns is the answer: an int the result, bytes
-                 result 0 with that payload, a tuple both, None: it answered by `Request.reply` or somebody will.
-                 An OSError becomes -errno; any other exception is logged once and becomes EIO
-    interrupt    called in a reader thread when a signal came for the caller of a request in flight (and, when the
-                 connection ends, for all of them). The request may have been answered meanwhile
+    fuse_fd      an open /dev/fuse that was mounted (kvmfs.fuse.mount). It must stay open until the process
+                 ends: a handler that is late would otherwise answer into whatever has that number by then
+    ioctl        called in a reader thread for every FUSE_IOCTL; what it returns is the answer: an int the
+                 result, bytes result 0 with that payload, a tuple both, None: it answered by `Request.reply`
+                 or somebody will. An OSError becomes -errno; any other exception is logged once and becomes
+                 EIO
+    interrupt    called in a reader thread when a signal came for the caller of a request in flight (and, when
+                 the connection ends, for all of them). The request may have been answered meanwhile
     passthrough  ask the kernel for passthrough; whether it is there is `passthrough` after `ready`
     max_idle     how many threads may wait for requests. One more than there are handlers that block at a time
                  never starts a thread on the way of an ioctl. May be changed at any time
-    on_end       called once, in a reader thread, when the kernel ended the connection (unmounted, the last file of a
-                 detached mount closed, aborted); after that pyfuse3's main loop is stopped
+    on_end       called once, in a reader thread, when the kernel ended the connection (unmounted, the last
+                 file of a detached mount closed, aborted); after that pyfuse3's main loop is stopped
     """
 
     def __init__(
@@ -165,7 +167,7 @@ class Channel:
         # Detached: libfuse closes it with its session.
         self._theirs_fd = theirs.detach()
 
-    # --- life ---------------------------------------------------------------------------------------------------------
+    # --- life -----------------------------------------------------------------------------------------------
 
     @property
     def pyfuse3_path(self) -> str:
@@ -173,7 +175,8 @@ class Channel:
         return f"/dev/fd/{self._theirs_fd}"
 
     def start(self) -> None:
-        """Begin to read requests. pyfuse3 must be initialised on `pyfuse3_path` by now or soon: INIT waits for it."""
+        """Begin to read requests. pyfuse3 must be initialised on `pyfuse3_path` by now or soon: INIT waits
+        for it."""
         self._start_reader(count=True)
         threading.Thread(target=self._pass_replies, name="kvmfs-replies", daemon=True).start()
 
@@ -216,10 +219,11 @@ class Channel:
             except trio.RunFinishedError:
                 pass
 
-    # --- passthrough -----------------------------------------------------------------------------------------------------
+    # --- passthrough ----------------------------------------------------------------------------------------
 
     def set_backing(self, nodeid: int, backing_id: int | None) -> None:
-        """From now on an open of *nodeid* is a passthrough open of *backing_id* (mount.backing_open); None ends that.
+        """From now on an open of *nodeid* is a passthrough open of *backing_id* (mount.backing_open); None
+        ends that.
 
         All opens of an inode that overlap must have the same backing: the kernel answers EIO to others.
         """
@@ -228,7 +232,7 @@ class Channel:
         else:
             self._backing[nodeid] = backing_id
 
-    # --- threads ----------------------------------------------------------------------------------------------------------
+    # --- threads --------------------------------------------------------------------------------------------
 
     def threads(self) -> list[int]:
         """The native ids of the threads that read requests (for sched_setaffinity)."""
@@ -237,8 +241,8 @@ class Channel:
     def may_block(self) -> None:
         """The calling handler may take long: make sure that somebody else reads meanwhile.
 
-        Call it once per request, before blocking. A thread is started when none is idle. Does nothing in a thread that
-        is not a reader. RuntimeError: no thread could be started.
+        Call it once per request, before blocking. A thread is started when none is idle. Does nothing in a
+        thread that is not a reader. RuntimeError: no thread could be started.
         """
         ident = threading.get_ident()
         with self._lock:
@@ -263,8 +267,11 @@ class Channel:
 
     def _returned(self, ident: int) -> bool:
         """A handler that had called may_block returned. True: there are enough readers, this thread shall end."""
+        self._blocked.discard(ident)
+        # Staying is never wrong, so this look needs no lock; two that leave at a time would leave nobody.
+        if self._reader_count - len(self._blocked) <= max(1, self.max_idle):
+            return False
         with self._lock:
-            self._blocked.discard(ident)
             if self._reader_count - len(self._blocked) <= max(1, self.max_idle):
                 return False
             self._reader_count -= 1
@@ -325,6 +332,9 @@ class Channel:
             except Exception as error:
                 self._report(request, error)
                 outcome = -eio
+            # Before the answer: the client's next request may be read before this thread comes on, and must
+            # find it idle, or it would start a thread each time.
+            leave = ident in blocked and self._returned(ident)
             if outcome is not None:
                 if claim(unique, None) is None:
                     _log.error("%r was answered by its handler and then once more with %r", request, outcome)
@@ -339,10 +349,10 @@ class Channel:
                     self._send(request, outcome, b"")
                 else:
                     self._send(request, 0, outcome)
-            if ident in blocked and self._returned(ident):
+            if leave:
                 return
 
-    # --- answers ------------------------------------------------------------------------------------------------------------
+    # --- answers --------------------------------------------------------------------------------------------
 
     def _send(self, request: Request, result: int, data: Payload) -> None:
         try:
@@ -365,7 +375,8 @@ class Channel:
             pass
 
     def _report(self, request: Request, error: BaseException) -> None:
-        """Log an unexpected exception with its traceback, the same one only once: a client could fill the disk."""
+        """Log an unexpected exception with its traceback, the same one only once: a client could fill the
+        disk."""
         place = error.__traceback__
         while place is not None and place.tb_next is not None:
             place = place.tb_next
@@ -374,7 +385,7 @@ class Channel:
             self._reported.add(key)
             _log.error("%r failed; the client gets EIO", request, exc_info=error)
 
-    # --- everything that is no ioctl ---------------------------------------------------------------------------------------
+    # --- everything that is no ioctl ------------------------------------------------------------------------
 
     def _other(self, opcode: int, unique: int, nodeid: int, message: memoryview) -> None:
         if opcode == FUSE_INTERRUPT:
@@ -401,8 +412,8 @@ class Channel:
         request = inflight.get(unique)
         if request is None:
             early[unique] = True
-            # The request may have been entered between the look and the note. The note is then taken back by exactly one
-            # of the two threads, and that one delivers.
+            # The request may have been entered between the look and the note. The note is then taken back by
+            # exactly one of the two threads, and that one delivers.
             request = inflight.get(unique)
             if request is None:
                 while len(early) > _MAX_EARLY:

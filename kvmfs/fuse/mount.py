@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Mounting FUSE without libfuse or fusermount, detached mounts, and what else is asked of /dev/fuse and the kernel.
+"""Mounting FUSE without libfuse or fusermount, detached mounts, and what else is asked of /dev/fuse and the
+kernel.
 
 Every failure is an OSError whose text says what failed, why, and what to do; its errno is the kernel's.
 
-In a user namespace /dev/fuse must be opened after unshare(2): the kernel compares the namespace of whoever opened it
-with that of whoever mounts.
+In a user namespace /dev/fuse must be opened after unshare(2): the kernel compares the namespace of whoever
+opened it with that of whoever mounts.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def _syscall(number: int, *arguments: int | bytes | None) -> int:
     return -ctypes.get_errno() if result == -1 else result
 
 
-# --- /dev/fuse and mounting -------------------------------------------------------------------------------------------
+# --- /dev/fuse and mounting ---------------------------------------------------------------------------------
 
 
 def open_dev_fuse() -> int:
@@ -97,10 +98,13 @@ def _advice(number: int) -> str:
 def mount_path(
     fd: int, path: str, *, source: str = "kvmfs", uid: int | None = None, gid: int | None = None,
 ) -> None:
-    """Mount the /dev/fuse descriptor *fd* on the directory *path*, for all users, with the kernel checking mode bits.
+    """Mount the /dev/fuse descriptor *fd* on the directory *path*, for all users, with the kernel checking
+    mode bits.
 
-    uid, gid  the owner in the kernel's eyes (mapped in the user namespace; default: the caller's effective ids).
-    OSError: EPERM without CAP_SYS_ADMIN over the mount namespace, EINVAL, ENOENT, ENOTDIR, ENOTCONN (stale mount), …
+    uid, gid  the owner in the kernel's eyes (mapped in the user namespace; default: the caller's effective
+              ids).
+    OSError: EPERM without CAP_SYS_ADMIN over the mount namespace, EINVAL, ENOENT, ENOTDIR, ENOTCONN (stale
+    mount), …
     """
     options = (
         f"fd={fd},rootmode=40000,user_id={os.geteuid() if uid is None else uid},"
@@ -118,8 +122,9 @@ def mount_path(
 def detached_mount(fd: int, source: str, *, uid: int | None = None, gid: int | None = None) -> int:
     """Mount the /dev/fuse descriptor *fd* without a path.
 
-    → a descriptor (close-on-exec) of the mount's root, for openat(2) and `attach`. The mount ends with the last of it
-    and of the files opened on it; the server's read then gets ENODEV. OSError: as mount_path, ENOSYS before Linux 5.2.
+    → a descriptor (close-on-exec) of the mount's root, for openat(2) and `attach`. The mount ends with the
+    last of it and of the files opened on it; the server's read then gets ENODEV. OSError: as mount_path,
+    ENOSYS before Linux 5.2.
     """
     context = _syscall(_SYS_FSOPEN, b"fuse", _FSOPEN_CLOEXEC)
     if context < 0:
@@ -171,7 +176,8 @@ def attach(mount_fd: int, path: str) -> None:
 
 
 def umount(path: str, *, lazy: bool = False) -> None:
-    """Unmount *path*. lazy: it vanishes now and ends when its last file is closed. OSError: EBUSY, EINVAL, EPERM, …"""
+    """Unmount *path*. lazy: it vanishes now and ends when its last file is closed. OSError: EBUSY, EINVAL,
+    EPERM, …"""
     if _libc.umount2(os.fsencode(path), _UMOUNT_NOFOLLOW | (_MNT_DETACH if lazy else 0)):
         number = ctypes.get_errno()
         advice = {
@@ -185,8 +191,8 @@ def umount(path: str, *, lazy: bool = False) -> None:
 def is_stale(path: str) -> bool:
     """Whether *path* is a FUSE mount whose server is gone.
 
-    Asks the server of a living mount (so never call it in the serving process). Attributes do not tell: the kernel
-    answers those of a dead mount from its cache.
+    Asks the server of a living mount (so never call it in the serving process). Attributes do not tell: the
+    kernel answers those of a dead mount from its cache.
     """
     try:
         os.statvfs(path)
@@ -204,11 +210,12 @@ def clear_stale(path: str) -> bool:
     return found
 
 
-# --- connections ------------------------------------------------------------------------------------------------------------
+# --- connections --------------------------------------------------------------------------------------------
 
 
 def connection_number(fd: int) -> int:
-    """The number of the FUSE connection behind *fd* (a detached mount's or a file's descriptor), as fusectl names it.
+    """The number of the FUSE connection behind *fd* (a detached mount's or a file's descriptor), as fusectl
+    names it.
 
     Never asks the server. OSError as statx(2).
     """
@@ -234,16 +241,17 @@ def abort_connection(number: int, control: str = "/sys/fs/fuse/connections") -> 
         raise _error(error.errno or errno.EIO, f"cannot abort FUSE connection {number}", advice) from None
 
 
-# --- passthrough --------------------------------------------------------------------------------------------------------------
+# --- passthrough --------------------------------------------------------------------------------------------
 
 
 def backing_open(fuse_fd: int, fd: int) -> int:
-    """Register the file *fd* as a backing file of the connection *fuse_fd*, after its INIT. → the id for set_backing.
+    """Register the file *fd* as a backing file of the connection *fuse_fd*, after its INIT. → the id for
+    set_backing.
 
-    Whoever calls this keeps the connection open as long as it keeps *fuse_fd*: close it when the server dies, or the
-    clients of a dead server wait for ever.
-    OSError: EPERM without CAP_SYS_ADMIN in the initial user namespace or when INIT did not agree on passthrough, ENOTTY
-    before Linux 6.9, EBADF, EOPNOTSUPP, ELOOP (a stacked file system).
+    Whoever calls this keeps the connection open as long as it keeps *fuse_fd*: close it when the server dies,
+    or the clients of a dead server wait for ever.
+    OSError: EPERM without CAP_SYS_ADMIN in the initial user namespace or when INIT did not agree on
+    passthrough, ENOTTY before Linux 6.9, EBADF, EOPNOTSUPP, ELOOP (a stacked file system).
     """
     argument = bytearray(protocol.BACKING_MAP.pack(fd, 0, 0))
     try:
@@ -268,7 +276,8 @@ def backing_close(fuse_fd: int, backing_id: int) -> None:
 
 
 def passthrough_supported() -> bool:
-    """Whether this process can register backing files on this kernel: tried on a mount of its own that has no path."""
+    """Whether this process can register backing files on this kernel: tried on a mount of its own that has no
+    path."""
     try:
         fd = open_dev_fuse()
     except OSError:

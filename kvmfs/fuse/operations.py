@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What a kvmfs mount looks like to everything but ioctl(2): one directory with a few nodes in it.
 
-The nodes are regular files to stat(2): for an inode of type S_IFCHR the kernel would open its own driver instead.
-Most are opened with direct_io: read(2) and write(2) reach us and get EINVAL, as from the real node, and a shared mmap gets
-ENODEV from the kernel. A node with `data` (the fallback for a vCPU's kvm_run page where there is no passthrough) is opened
-through the page cache, so that it can be mapped; its bytearray is what the cache is filled from and written back to.
+The nodes are regular files to stat(2): for an inode of type S_IFCHR the kernel would open its own driver
+instead. Most are opened with direct_io: read(2) and write(2) reach us and get EINVAL, as from the real node,
+and a shared mmap gets ENODEV from the kernel. A node with `data` (the fallback for a vCPU's kvm_run page
+where there is no passthrough) is opened through the page cache, so that it can be mapped; its bytearray is
+what the cache is filled from and written back to.
 """
 
 from __future__ import annotations
@@ -57,8 +58,8 @@ class Node:
 class NodeOperations(pyfuse3.Operations):
     """The inode table and pyfuse3's view of it.
 
-    opened(inode, ctx)  called for every open(2) that is about to succeed, with pyfuse3's RequestContext (pid, uid, gid);
-                        an OSError becomes the client's errno. Must not block
+    opened(inode, ctx)  called for every open(2) that is about to succeed, with pyfuse3's RequestContext (pid,
+                        uid, gid); an OSError becomes the client's errno. Must not block
     released(inode)     called when the last descriptor of one open(2) was closed
     """
 
@@ -77,7 +78,7 @@ class NodeOperations(pyfuse3.Operations):
         self._files: dict[int, Node] = {}
         self._next_fh = 1
 
-    # --- the table; any thread ------------------------------------------------------------------------------------------
+    # --- the table; any thread ------------------------------------------------------------------------------
 
     def add_node(
         self, inode: int, name: str, *, mode: int = 0o600, uid: int = 0, gid: int = 0, size: int = 0,
@@ -85,7 +86,8 @@ class NodeOperations(pyfuse3.Operations):
     ) -> None:
         """Add a file *name* to the directory.
 
-        inode  > 1, new; mode  permission bits; size  st_size in bytes (of *data*, when given; a mapping past it is
+        inode  > 1, new; mode  permission bits; size  st_size in bytes (of *data*, when given; a mapping past
+               it is
         SIGBUS for the client). ValueError: inode or name is taken or not valid.
         """
         raw = name.encode()
@@ -130,7 +132,7 @@ class NodeOperations(pyfuse3.Operations):
         entry.st_blocks = 0
         return entry
 
-    # --- names and attributes -------------------------------------------------------------------------------------------
+    # --- names and attributes -------------------------------------------------------------------------------
 
     async def lookup(self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext) -> EntryAttributes:
         if name in (b".", b".."):
@@ -188,7 +190,7 @@ class NodeOperations(pyfuse3.Operations):
     async def releasedir(self, fh: FileHandleT) -> None:
         return
 
-    # --- files ----------------------------------------------------------------------------------------------------------
+    # --- files ----------------------------------------------------------------------------------------------
 
     async def open(self, inode: InodeT, flags: FlagT, ctx: RequestContext) -> FileInfo:
         node = self._node(inode)
@@ -228,8 +230,9 @@ class NodeOperations(pyfuse3.Operations):
         node.data[off : off + count] = buf[:count]
         return count
 
-    # access, poll, fsync and xattrs keep pyfuse3's ENOSYS: the kernel remembers it and answers by itself, access by the
-    # mode bits (default_permissions), poll with "ready", as for a file without a poll operation.
+    # access, poll, fsync and xattrs keep pyfuse3's ENOSYS: the kernel remembers it and answers by itself,
+    # access by the mode bits (default_permissions), poll with "ready", as for a file without a poll
+    # operation.
 
 
 async def _refuse(*_arguments: Any) -> Any:

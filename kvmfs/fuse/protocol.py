@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The part of the FUSE wire protocol that the channel speaks itself.
 
-Numbers and layouts are those of <linux/fuse.h>, protocol 7.x, little-endian x86-64. Everything that is not named
-here passes through the channel unread.
+Numbers and layouts are those of <linux/fuse.h>, protocol 7.x, little-endian x86-64. Everything that is not
+named here passes through the channel unread.
 """
 
 from __future__ import annotations
@@ -10,33 +10,35 @@ from __future__ import annotations
 import struct
 from typing import Final
 
-# --- operations -------------------------------------------------------------------------------------------------
+# --- operations ---------------------------------------------------------------------------------------------
 FUSE_OPEN: Final = 14
 FUSE_INIT: Final = 26
 FUSE_INTERRUPT: Final = 36
 FUSE_IOCTL: Final = 39
 
-# --- struct fuse_in_header: len opcode unique nodeid uid gid pid total_extlen padding ---------------------------------
+# --- struct fuse_in_header: len opcode unique nodeid uid gid pid total_extlen padding -----------------------
 IN_HEADER: Final = struct.Struct("<IIQQIIIHH")
-# struct fuse_ioctl_in: fh flags cmd arg in_size out_size; it follows the header directly, so one unpack reads both.
+# struct fuse_ioctl_in: fh flags cmd arg in_size out_size; it follows the header directly, so one unpack reads
+# both.
 IOCTL_REQUEST: Final = struct.Struct("<IIQQIIIHHQIIQII")
 # struct fuse_interrupt_in: unique
 INTERRUPT_IN: Final = struct.Struct("<Q")
 # struct fuse_init_in: major minor max_readahead flags flags2
 INIT_IN: Final = struct.Struct("<IIIII")
 
-# --- struct fuse_out_header: len error unique -------------------------------------------------------------------------
+# --- struct fuse_out_header: len error unique ---------------------------------------------------------------
 OUT_HEADER: Final = struct.Struct("<IiQ")
 # fuse_out_header and struct fuse_ioctl_out (result flags in_iovs out_iovs) in one
 IOCTL_REPLY: Final = struct.Struct("<IiQiIII")
-# struct fuse_init_out: major minor max_readahead flags max_background congestion_threshold max_write time_gran
+# struct fuse_init_out: major minor max_readahead flags max_background congestion_threshold max_write
+# time_gran
 #                       max_pages map_alignment flags2 max_stack_depth, then 24 bytes more up to 64
 INIT_OUT: Final = struct.Struct("<IIIIHHIIHHII")
 INIT_OUT_SIZE: Final = 64
 # struct fuse_open_out: fh open_flags backing_id
 OPEN_OUT: Final = struct.Struct("<QIi")
 
-# --- INIT flags; those of flags2 are numbered from 32 in the header -------------------------------------------------------
+# --- INIT flags; those of flags2 are numbered from 32 in the header -----------------------------------------
 FUSE_AUTO_INVAL_DATA: Final = 1 << 12
 FUSE_MAX_PAGES: Final = 1 << 22
 FUSE_INIT_EXT: Final = 1 << 30
@@ -45,14 +47,15 @@ FUSE2_PASSTHROUGH: Final = 1 << (37 - 32)
 FOPEN_DIRECT_IO: Final = 1 << 0
 FOPEN_PASSTHROUGH: Final = 1 << 7
 
-# --- ioctls of /dev/fuse itself ------------------------------------------------------------------------------------------
+# --- ioctls of /dev/fuse itself -----------------------------------------------------------------------------
 FUSE_DEV_IOC_BACKING_OPEN: Final = 0x4010E501
 FUSE_DEV_IOC_BACKING_CLOSE: Final = 0x4004E502
 # struct fuse_backing_map: fd flags padding
 BACKING_MAP: Final = struct.Struct("<iIQ")
 
 PAGE_SIZE: Final = 4096
-# A message must fit one SOCK_SEQPACKET packet; the default socket buffer takes 64 KiB of data easily, not more than 200.
+# A message must fit one SOCK_SEQPACKET packet; the default socket buffer takes 64 KiB of data easily, not
+# more than 200.
 MAX_WRITE: Final = 16 * PAGE_SIZE
 # read(2) on /dev/fuse answers EINVAL to a buffer that could not take the largest WRITE with its headers.
 BUFFER_SIZE: Final = MAX_WRITE + PAGE_SIZE
@@ -79,9 +82,10 @@ def amend_init_reply(message: bytes | memoryview, *, passthrough: bool) -> bytes
     """libfuse's INIT reply as the channel needs it.
 
     - max_write (and with it every message) is clamped to MAX_WRITE.
-    - FUSE_AUTO_INVAL_DATA is taken away: a changed size or time must not drop the page that a client has mapped.
-    - Of flags2 only passthrough is left: the others (direct-io mmap, io_uring, …) would change what a client sees
-      or bypass the channel, whatever a later libfuse thinks of them.
+    - FUSE_AUTO_INVAL_DATA is taken away: a changed size or time must not drop the page that a client has
+      mapped.
+    - Of flags2 only passthrough is left: the others (direct-io mmap, io_uring, …) would change what a client
+      sees or bypass the channel, whatever a later libfuse thinks of them.
     """
     body = bytes(message[OUT_HEADER.size :]).ljust(INIT_OUT_SIZE, b"\0")
     (major, minor, max_readahead, flags, max_background, congestion_threshold, max_write, time_gran, max_pages,
@@ -101,8 +105,8 @@ def amend_init_reply(message: bytes | memoryview, *, passthrough: bool) -> bytes
 def amend_open_reply(message: bytes | memoryview, backing_id: int) -> bytes:
     """libfuse's OPEN reply with passthrough to *backing_id*.
 
-    The flags are set, not added to: the kernel answers EIO to passthrough with the flags of a cached open. DIRECT_IO
-    beside it keeps read(2) and write(2) with the server; only mmap goes to the backing file.
+    The flags are set, not added to: the kernel answers EIO to passthrough with the flags of a cached open.
+    DIRECT_IO beside it keeps read(2) and write(2) with the server; only mmap goes to the backing file.
     """
     (fh, _flags, _backing) = OPEN_OUT.unpack_from(message, OUT_HEADER.size)
     return bytes(message[: OUT_HEADER.size]) + OPEN_OUT.pack(fh, FOPEN_PASSTHROUGH | FOPEN_DIRECT_IO, backing_id)

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A file system to test kvmfs.fuse with, run as a process of its own: a process must never open what it serves.
+"""A file system to test kvmfs.fuse with, run as a process of its own: a process must never open what it
+serves.
 
     python fuse_server.py FUSE_FD MEMFD MODE
 
-FUSE_FD is mounted already. MODE: "direct" (the vCPU node is direct_io), "cache" (page-cache fallback) or "passthrough" (the
-server registers MEMFD itself). Prints one line "ready", then "end" when the connection ended; events go to stderr.
+FUSE_FD is mounted already. MODE: "direct" (the vCPU node is direct_io), "cache" (page-cache fallback) or
+"passthrough" (the server registers MEMFD itself). Prints one line "ready", then "end" when the connection
+ended; events go to stderr.
 """
 
 from __future__ import annotations
