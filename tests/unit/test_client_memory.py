@@ -547,3 +547,44 @@ def test_no_right_to_trace(rig: Rig, program: Path) -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     rig.answer(call, 0)
     client.communicate(timeout=5)
+
+
+def test_descriptor_without_pidfd_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before 6.9 there is no pidfd of a thread; the group's leader has the same descriptors."""
+    from kvmfs.client import process as module
+
+    real = module.pidfd_open
+
+    def old_kernel(pid: int, flags: int = 0) -> int:
+        if flags:
+            raise OSError(errno.EINVAL, "refused")
+        return real(pid)
+
+    monkeypatch.setattr(module, "pidfd_open", old_kernel)
+    go = threading.Event()
+    thread = threading.Thread(target=go.wait)
+    thread.start()
+    assert thread.native_id is not None
+    fd = module.take_descriptor(thread.native_id, os.getpid(), 1)
+    assert os.fstat(fd).st_ino == os.fstat(1).st_ino
+    os.close(fd)
+    go.set()
+    thread.join()
+
+
+@needs_rig
+def test_stopped_again_and_again(rig: Rig, program: Path) -> None:
+    """KVM_RUN starts again after each stop, and the client sees one call."""
+    client = start(program, rig.fd, "blocked", "signal")
+    run = rig.call(KVM_RUN)
+    call = rig.call(SET_MEMORY)
+    with contextlib.closing(Process.from_tid(call.tid)) as process:
+        for _ in range(20):
+            with StoppedProcess(process, call.tid) as stopped:
+                assert run.tid in stopped.stopped
+            run = rig.call(KVM_RUN)
+    rig.answer(run, 3)
+    read = report(client)
+    assert read() == "run 3 0\n"
+    rig.answer(call, 0)
+    client.communicate(timeout=5)

@@ -119,7 +119,7 @@ while True:
 
 
 def test_full_table_and_death() -> None:
-    code = "import fcntl, os, resource\nf = os.open('/dev/null', 2)\n" "resource.setrlimit(resource.RLIMIT_NOFILE, (4, 4))\n"
+    code = "import fcntl, os, resource\nf = os.open('/dev/null', 2)\nresource.setrlimit(resource.RLIMIT_NOFILE, (4, 4))\n"
     code += "try: fcntl.ioctl(f, 0xAE01, 0)\nexcept OSError as e: print(e.errno, flush=True)\nfcntl.ioctl(f, 0xAE01, 0)"
     client, notifier = start(sys.executable, "-c", code)
     held = notifier.recv()
