@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import ctypes
 from types import TracebackType
+from typing import Any
 
-from unicorn import UC_ARCH_X86, UC_MODE_64, Uc
-from unicorn.unicorn_py3.unicorn import uclib
+from unicorn import UC_ARCH_X86, UC_MODE_64
+from unicorn.unicorn_py3 import unicorn
 from unicorn.x86_const import UC_CPU_X86_EPYC, UC_X86_INS_IN, UC_X86_INS_OUT, UC_X86_INS_SYSCALL
 
 from kvmfs.cpu.cpu import Cpu
 from kvmfs.cpu.layout import UNICORN_VERSION, LayoutError, load
 
 _PAGE = 4096
+_Uc: Any = unicorn.Uc  # its methods have no types
+_LIBRARY: str = unicorn.uclib._name
 
 
 class EngineLock:
@@ -43,7 +46,7 @@ class Engine:
     def __init__(self) -> None:
         """Raises LayoutError when Unicorn is not the build that this package knows, MemoryError."""
         self._lib = load()
-        self._uc = Uc(UC_ARCH_X86, UC_MODE_64)
+        self._uc = _Uc(UC_ARCH_X86, UC_MODE_64)
         self._uc.ctl_set_cpu_model(UC_CPU_X86_EPYC)
         # An empty exit set: else the end of emu_start walks the guest's page tables and overwrites CR2.
         self._uc.ctl_exits_enabled(True)
@@ -51,9 +54,9 @@ class Engine:
         handle = self._uc._uch.value
         insns = (ctypes.c_int * 3)(UC_X86_INS_SYSCALL, UC_X86_INS_IN, UC_X86_INS_OUT)
         out = ctypes.c_void_p()
-        error = self._lib.nv_engine_new(uclib._name.encode(), handle, insns, ctypes.byref(out))
+        error = self._lib.nv_engine_new(_LIBRARY.encode(), handle, insns, ctypes.byref(out))
         if error == 1:
-            raise LayoutError(f"{uclib._name} does not have the layout of the unicorn {UNICORN_VERSION} wheel")
+            raise LayoutError(f"{_LIBRARY} does not have the layout of the unicorn {UNICORN_VERSION} wheel")
         if error:
             raise MemoryError(f"engine: {error}")
         self._engine = out

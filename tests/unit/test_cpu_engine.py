@@ -16,7 +16,9 @@ from kvmfs.cpu.cpu import EXIT_IO_OUT, EXIT_MMIO_READ, EXIT_NONE, EXIT_SVM
 from kvmfs.cpu.engine import Engine
 from tests.guest import CODE, MMIO, PT, RAM, Guest
 
-LOOP = "start: mov rbx,0x20000\n1: lea rcx,[rcx+1]\n call f\n jmp 1b\nf: add qword ptr [rbx],1\n lock inc qword ptr [rbx+8]\n inc r8\n ret"
+LOOP = "start: mov rbx,0x20000\n1: lea rcx,[rcx+1]\n call f\n jmp 1b\n" + (
+    "f: add qword ptr [rbx],1\n lock inc qword ptr [rbx+8]\n inc r8\n ret"
+)
 
 
 def test_1000_kicks_none_lost_none_doubled():
@@ -191,9 +193,9 @@ def test_regions_are_checked():
     memory = mmap.mmap(-1, 0x2000)
     host = ctypes.addressof(ctypes.c_char.from_buffer(memory))
     engine.map(0, 0x2000, host)
-    for gpa, size, address in ((0, 0x1000, host), (0x1000, 0x1000, host), (0x10, 0x1000, host), (0x4000, 0, host), (1 << 40, 0x1000, host)):
+    for gpa, size in ((0, 0x1000), (0x1000, 0x1000), (0x10, 0x1000), (0x4000, 0), (1 << 40, 0x1000)):
         with pytest.raises(ValueError, match="guest memory"):
-            engine.map(gpa, size, address)
+            engine.map(gpa, size, host)
     with pytest.raises(ValueError, match="no region"):
         engine.unmap(0, 0x1000)
     engine.unmap(0, 0x2000)
@@ -352,7 +354,7 @@ def test_tsc_offset():
 def test_another_unicorn_is_refused(monkeypatch):
     monkeypatch.setattr(layout.importlib.metadata, "version", lambda _name: "2.2.0")
     with pytest.raises(layout.LayoutError, match=r"2\.1\.4.*2\.2\.0"):
-        Engine()
+        layout.load.__wrapped__()
 
 
 def test_many_engines():

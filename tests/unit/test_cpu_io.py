@@ -106,8 +106,11 @@ def test_rep_ins(mode, size, suffix):
 def test_ins_count_is_linux_page_and_buffer_bound():
     g = Guest("start: mov edx,0x10\n mov edi,0x20ffa\n mov ecx,10\n rep insb\n mov edi,0x21000\n mov ecx,2000\n rep insw\n hlt")
     assert g.trace(ins=bytes(range(10)) + bytes(4000)) == [
-        ("in", 0x10, 1, 6), ("in", 0x10, 1, 4), ("in", 0x10, 2, 512), ("in", 0x10, 2, 512), ("in", 0x10, 2, 512), ("in", 0x10, 2, 464),
-    ]  # fmt: skip
+        ("in", 0x10, 1, 6),
+        ("in", 0x10, 1, 4),
+        *[("in", 0x10, 2, 512)] * 3,
+        ("in", 0x10, 2, 464),
+    ]
     assert g.ram[0x20FFA:0x21000] == bytes(range(6))
 
 

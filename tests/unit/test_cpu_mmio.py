@@ -9,7 +9,7 @@ import mmap
 import pytest
 
 from kvmfs.cpu.cpu import EXIT_FETCH, EXIT_MMIO_READ, EXIT_MMIO_WRITE
-from tests.guest import CODE, MMIO, PT, RAM, Guest
+from tests.guest import MMIO, PT, RAM, Guest
 
 M = MMIO
 
@@ -249,9 +249,18 @@ def test_pending_interrupt_comes_after_the_instruction():
 
 
 def test_loop_of_mixed_accesses_counts_once():
-    g = Guest(f"start: mov ebx,{M}\n mov ecx,100\n1: mov eax,[rbx]\n add rdx,rax\n mov [rbx+4],ecx\n out 0x80,al\n dec ecx\n jnz 1b\n hlt")
+    g = Guest(
+        f"""start: mov ebx,{M}
+        mov ecx,100
+     1: mov eax,[rbx]
+        add rdx,rax
+        mov [rbx+4],ecx
+        out 0x80,al
+        dec ecx
+        jnz 1b
+        hlt"""
+    )
     log = g.trace(reads=b"\1\0\0\0" * 100)
     assert len(log) == 300
     assert g.cpu.gpr(2) == 100
     assert [e[3] for e in log if e[0] == "w"] == [le(100 - i, 4) for i in range(100)]
-    assert CODE <= g.cpu.rip
