@@ -17,6 +17,7 @@ import signal
 import stat
 import threading
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from kvmd.link import Link, LinkError, Message, failure
 from kvmd.watchdog import Watchdog
@@ -133,11 +134,12 @@ class Broker:
         self.mount = self._pidfd = -1
         self.process.close()
 
-    def control(self, op: str, **fields: object) -> Message | None:
+    def control(self, op: str, **fields: Any) -> Message | None:
         """Tell the worker something and wait for its answer; None when it is gone or does not answer."""
         with self._control_lock:
             try:
-                return self._control.call(op, timeout=PATIENCE, **fields)
+                self._control.send(op, **fields)
+                return self._control.receive(PATIENCE)
             except TimeoutError:
                 self._overdue()
             except (OSError, LinkError, ValueError) as error:
@@ -198,7 +200,11 @@ class Broker:
         return tid
 
     def _answer_from_worker(self, op: str) -> Message:
-        answer = self._requests.receive(PATIENCE)
+        try:
+            answer = self._requests.receive(PATIENCE)
+        except TimeoutError:
+            self._overdue()
+            answer = None
         if answer is None:
             raise BrokenPipeError(errno.EPIPE, f"the worker ended where {op} was due")
         return answer.expect(op)

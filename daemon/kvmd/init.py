@@ -26,7 +26,6 @@ from kvmd.zygote import Zygote
 from kvmfs import vendor as vendors
 from kvmfs.cpu.engine import Engine
 from kvmfs.fuse import mount
-from kvmfs.kvm import slices
 from kvmfs.vendor.ops import KvmX86Ops
 
 log = logging.getLogger("kvmd.init")
@@ -201,8 +200,10 @@ def register_syscore_ops(m: Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def preempt_notifier_init(m: Module) -> Iterator[None]:
-    """vcpu_load and vcpu_put around each time slice of a vCPU on its VM's engine."""
-    m.note(slice_ms=slices.SLICE * 1000)
+    """vcpu_load and vcpu_put around each time slice of a vCPU: the vendor must have both before a guest runs."""
+    for name in ("vcpu_load", "vcpu_put"):
+        if not callable(getattr(m.ops, name, None)):
+            raise TypeError(f"the vendor module has no {name}")
     yield
 
 
@@ -213,20 +214,20 @@ STEPS: tuple[Step, ...] = (
 
 
 def kvm_init(m: Module, steps: tuple[Step, ...] = STEPS) -> contextlib.ExitStack:
-    """All steps; the result undoes them.  Raises InitError, after undoing those that were done."""
+    """All steps; ``close()`` of the result undoes them.  Raises InitError, after undoing those that were done."""
     done: list[str] = []
-    with contextlib.ExitStack() as stack:
-        for step in steps:
-            name = getattr(step, "__name__", str(step))
-            try:
-                stack.enter_context(step(m))
-            except Exception as error:
-                log.debug("%s", name, exc_info=True)
-                why = error.strerror or str(error) if isinstance(error, OSError) else str(error)
-                raise InitError(f"{name} failed: {why or type(error).__name__}"
-                                + (f" (undone: {', '.join(reversed(done))})" if done else "")) from error
-            done.append(name)
-            m.facts["steps"] = list(done)
-            log.info("%s: ok", name)
-        return stack.pop_all()
-    raise AssertionError
+    stack = contextlib.ExitStack()
+    for step in steps:
+        name = getattr(step, "__name__", str(step))
+        try:
+            stack.enter_context(step(m))
+        except Exception as error:
+            log.debug("%s", name, exc_info=True)
+            stack.close()           # and not "with stack": an exception in flight would skip what the steps undo
+            why = error.strerror or str(error) if isinstance(error, OSError) else str(error)
+            raise InitError(f"{name} failed: {why or type(error).__name__}"
+                            + (f" (undone: {', '.join(reversed(done))})" if done else "")) from error
+        done.append(name)
+        m.facts["steps"] = list(done)
+        log.info("%s: ok", name)
+    return stack

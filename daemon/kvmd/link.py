@@ -20,6 +20,7 @@ from typing import Any
 
 MAX_MESSAGE = 65536
 MAX_FDS = 128
+INT = struct.Struct("@i")
 SEND_TIMEOUT = 5        # seconds that a peer may leave its queue full before it counts as hung
 
 
@@ -131,11 +132,15 @@ class Link:
             poll = select.poll()
             poll.register(self._sock, select.POLLIN)
             if not poll.poll(timeout * 1000):
-                raise TimeoutError("no message within %g s" % timeout)
+                raise TimeoutError(f"no message within {timeout:g} s")
         try:
-            data, fds, flags, _ = socket.recv_fds(self._sock, MAX_MESSAGE, MAX_FDS, socket.MSG_CMSG_CLOEXEC)
+            # Not socket.recv_fds: it drops its flags argument (CPython 3.11).
+            data, control, flags, _ = self._sock.recvmsg(MAX_MESSAGE, socket.CMSG_SPACE(MAX_FDS * INT.size),
+                                                         socket.MSG_CMSG_CLOEXEC)
         except ConnectionResetError:
             return None
+        fds = [fd for level, kind, payload in control if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS)
+               for fd, in INT.iter_unpack(payload[:len(payload) // INT.size * INT.size])]
         try:
             if not data:
                 if fds:

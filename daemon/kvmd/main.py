@@ -38,7 +38,7 @@ def serve(options: Options) -> int:
         except InitError as error:
             log.error("%s", error)
             return 1
-        with stack:
+        try:
             node = module.node
             assert node is not None
             node.publish(module.facts)
@@ -47,6 +47,8 @@ def serve(options: Options) -> int:
                      "passthrough" if module.facts["passthrough"] else "kvm_run is copied")
             _tell_ready(options)
             node.serve()
+        finally:
+            stack.close()
         log.info("ended")
         return 0
     finally:

@@ -105,23 +105,23 @@ def drop_privileges(uid: int | None) -> None:
 
 
 # What a Python process with threads, trio and the translator needs, and nothing that reaches another process.
-_ALLOWED = """
-    read write readv writev pread64 pwrite64 preadv pwritev preadv2 pwritev2 close close_range lseek
-    fstat newfstatat stat lstat statx fstatfs statfs getdents64 readlink readlinkat access faccessat faccessat2
-    getcwd dup dup2 dup3 fcntl
-    poll ppoll select pselect6 epoll_create1 epoll_ctl epoll_wait epoll_pwait epoll_pwait2
-    pipe2 eventfd2 timerfd_create timerfd_settime timerfd_gettime memfd_create ftruncate fallocate
-    socketpair sendmsg recvmsg sendto recvfrom shutdown getsockopt setsockopt getsockname
-    mmap munmap mprotect mremap madvise brk msync mincore membarrier mlock munlock mlock2
-    futex futex_waitv set_robust_list get_robust_list rseq set_tid_address
-    rt_sigaction rt_sigprocmask rt_sigreturn rt_sigtimedwait rt_sigpending sigaltstack restart_syscall
-    clock_gettime clock_getres clock_nanosleep nanosleep gettimeofday time
-    timer_create timer_settime timer_gettime timer_delete setitimer getitimer
-    getpid getppid gettid getuid geteuid getgid getegid getresuid getresgid getgroups getpgid getpgrp getsid
-    sched_yield sched_getaffinity sched_setaffinity sched_getparam sched_getscheduler getcpu
-    sched_get_priority_max sched_get_priority_min getpriority
-    getrandom getrlimit prlimit64 getrusage sysinfo uname times arch_prctl exit exit_group prctl userfaultfd
-""".split()
+_ALLOWED = (
+    "read", "write", "readv", "writev", "pread64", "pwrite64", "preadv", "pwritev", "preadv2", "pwritev2", "close",
+    "close_range", "lseek", "fstat", "newfstatat", "stat", "lstat", "statx", "fstatfs", "statfs", "getdents64",
+    "readlink", "readlinkat", "access", "faccessat", "faccessat2", "getcwd", "dup", "dup2", "dup3", "fcntl", "poll",
+    "ppoll", "select", "pselect6", "epoll_create1", "epoll_ctl", "epoll_wait", "epoll_pwait", "epoll_pwait2", "pipe2",
+    "eventfd2", "timerfd_create", "timerfd_settime", "timerfd_gettime", "memfd_create", "ftruncate", "fallocate",
+    "socketpair", "sendmsg", "recvmsg", "sendto", "recvfrom", "shutdown", "getsockopt", "setsockopt", "getsockname",
+    "mmap", "munmap", "mprotect", "mremap", "madvise", "brk", "msync", "mincore", "membarrier", "mlock", "munlock",
+    "mlock2", "futex", "futex_waitv", "set_robust_list", "get_robust_list", "rseq", "set_tid_address", "rt_sigaction",
+    "rt_sigprocmask", "rt_sigreturn", "rt_sigtimedwait", "rt_sigpending", "sigaltstack", "restart_syscall",
+    "clock_gettime", "clock_getres", "clock_nanosleep", "nanosleep", "gettimeofday", "time", "timer_create",
+    "timer_settime", "timer_gettime", "timer_delete", "setitimer", "getitimer", "getpid", "getppid", "gettid", "getuid",
+    "geteuid", "getgid", "getegid", "getresuid", "getresgid", "getgroups", "getpgid", "getpgrp", "getsid",
+    "sched_yield", "sched_getaffinity", "sched_setaffinity", "sched_getparam", "sched_getscheduler", "getcpu",
+    "sched_get_priority_max", "sched_get_priority_min", "getpriority", "getrandom", "getrlimit", "prlimit64",
+    "getrusage", "sysinfo", "uname", "times", "arch_prctl", "exit", "exit_group", "prctl", "userfaultfd",
+)
 
 _READ_ONLY = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 _IOCTLS = (

@@ -162,7 +162,7 @@ class Vms:
         with self._lock:
             return [self._brokers[number] for number in sorted(self._brokers)]
 
-    def tell(self, op: str, **fields: object) -> None:
+    def tell(self, op: str, **fields: int) -> None:
         """Send an order to all workers and wait until they have followed it."""
         for broker in self.brokers():
             answer: Message | None = broker.control(op, **fields)

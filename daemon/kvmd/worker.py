@@ -22,6 +22,7 @@ from kvmd.link import Link, LinkError, Message
 from kvmfs import vendor as vendors
 from kvmfs.api.dispatch import VmDispatcher
 from kvmfs.client.process import Process
+from kvmfs.cpu.engine import Engine
 from kvmfs.fuse.channel import Channel
 from kvmfs.fuse.operations import NodeOperations
 from kvmfs.kvm.kvm_main import VCPU_INODE, VM_INODE, Vm
@@ -38,6 +39,7 @@ def preload() -> None:
     """Run once in the zygote: make Python import what a worker would import at its first use."""
     trio.run(trio.lowlevel.checkpoint)
     "".encode("idna")
+    Engine().close()                # loads the native parts, which a worker has no right to open
     logging.getLogger("kvmd.worker").debug("zygote is ready")
 
 

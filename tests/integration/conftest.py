@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A private daemon for each test that asks for one, and a count of what is left afterwards."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+START_TIMEOUT, END_TIMEOUT = 60, 15
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in (".", "daemon", "tools"))}
+KVMFS = [sys.executable, "-m", "kvmfs_cli"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Everything here needs root and /dev/fuse."""
+    if os.geteuid() != 0 or not os.access("/dev/fuse", os.R_OK | os.W_OK):
+        for item in items:
+            if Path(__file__).parent in item.path.parents:
+                item.add_marker(pytest.mark.skip(reason="needs root and /dev/fuse"))
+
+
+# ---- what there is ------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Census:
+    """What kvmfs has in this machine, by name; two are equal when nothing was left behind."""
+
+    processes: list[str] = field(default_factory=list)
+    mounts: list[str] = field(default_factory=list)
+    memfds: int = 0
+    directories: list[str] = field(default_factory=list)
+
+    @classmethod
+    def take(cls) -> Census:
+        found = cls()
+        for pid in filter(str.isdigit, os.listdir("/proc")):
+            try:
+                name = Path(f"/proc/{pid}/comm").read_text().strip()
+                state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+                # A zombie whose parent is not ours to wait for is init's affair.
+                if name.startswith(("kvmd", "kvm-vm", "kvmfs")) and state != "Z":
+                    found.processes.append(f"{pid} {name}")
+                for fd in os.listdir(f"/proc/{pid}/fd"):
+                    target = os.readlink(f"/proc/{pid}/fd/{fd}")
+                    found.memfds += target.startswith(("/memfd:kvm", "/memfd:kvmfs"))
+            except OSError:
+                continue
+        found.mounts = [line for line in Path("/proc/self/mountinfo").read_text().splitlines() if "kvmfs" in line]
+        found.directories = sorted(str(path) for path in Path("/tmp").glob("kvmfs-*"))
+        return found
+
+
+def settle(expected: Census, seconds: float = 5) -> None:
+    """Assert that everything is as in ``expected`` within ``seconds``."""
+    deadline = time.monotonic() + seconds
+    while (now := Census.take()) != expected and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert now == expected
+
+
+@pytest.fixture
+def nothing_left() -> Iterator[None]:
+    """The test leaves no process, mount, memfd or directory."""
+    before = Census.take()
+    yield
+    settle(before)
+
+
+# ---- the daemon ---------------------------------------------------------------------------------------------
+
+
+class Kvmd:
+    """A running daemon."""
+
+    def __init__(self, directory: Path, *options: str) -> None:
+        self.mountpoint = directory
+        self.node = str(directory / "kvm")
+        self.log_path = directory.with_suffix(".log")
+        reader, writer = os.pipe()
+        with open(self.log_path, "ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "kvmd", "--log-level", "info", "--ready-fd", str(writer), *options, str(directory)],
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=ENVIRONMENT, pass_fds=[writer])
+        os.close(writer)
+        with os.fdopen(reader, "rb") as file:
+            self.ready = file.read() == b"ready\n"
+
+    @property
+    def log(self) -> str:
+        return self.log_path.read_text(errors="replace")
+
+    def prove(self) -> None:
+        """The path is kvmfs and not the machine's own node."""
+        entry = [line for line in Path("/proc/self/mountinfo").read_text().splitlines()
+                 if line.split()[4] == str(self.mountpoint)]
+        assert entry and " fuse.kvmfs " in entry[-1], self.log
+        # The answer comes from our server: KVM_GET_API_VERSION works on a regular file only here.
+        assert not os.stat(self.node).st_rdev
+        with open(self.node, "rb+", buffering=0) as file:
+            assert os.fstat(file.fileno()).st_dev == os.stat(self.mountpoint).st_dev
+
+    def state(self) -> dict[str, object]:
+        """What the state file says."""
+        result: dict[str, object] = json.loads((self.mountpoint / "state").read_text())
+        return result
+
+    def workers(self) -> list[int]:
+        """The pids of the workers, in the order of the VMs' numbers."""
+        vms = self.state()["vms"]
+        assert isinstance(vms, list)
+        return [vm["worker"] for vm in vms]
+
+    def wait_for_vms(self, count: int, seconds: float = 5) -> None:
+        deadline = time.monotonic() + seconds
+        while len(self.workers()) != count and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert len(self.workers()) == count, self.log
+
+    def open_files(self) -> int:
+        return len(os.listdir(f"/proc/{self.process.pid}/fd"))
+
+    def stop(self) -> int:
+        """End it in order; by force when it does not."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        try:
+            return self.process.wait(END_TIMEOUT)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+            raise
+        finally:
+            subprocess.run(["umount", "-l", str(self.mountpoint)], stderr=subprocess.DEVNULL, check=False)
+
+
+@pytest.fixture
+def start_kvmd(tmp_path: Path) -> Iterator[Callable[..., Kvmd]]:
+    """A function that starts a daemon with the given options; all are ended after the test, and nothing is left."""
+    before = Census.take()
+    started: list[Kvmd] = []
+
+    def start(*options: str, name: str = "dev") -> Kvmd:
+        directory = tmp_path / name
+        directory.mkdir(exist_ok=True)
+        kvmd = Kvmd(directory, *options)
+        started.append(kvmd)
+        assert kvmd.ready, kvmd.log
+        kvmd.prove()
+        return kvmd
+
+    yield start
+    for kvmd in started:
+        kvmd.stop()
+        assert "Traceback" not in kvmd.log, kvmd.log
+    settle(before)
+
+
+@pytest.fixture(params=["amd", "intel"])
+def vendor(request: pytest.FixtureRequest) -> str:
+    """Both vendors, one after the other."""
+    return str(request.param)
+
+
+@pytest.fixture
+def kvmd(start_kvmd: Callable[..., Kvmd], vendor: str) -> Kvmd:
+    """A daemon of that vendor."""
+    return start_kvmd("--vendor", vendor)
+
+
+@pytest.fixture
+def node(kvmd: Kvmd) -> str:
+    """The path of that daemon's node."""
+    return kvmd.node
+
+
+@pytest.fixture(params=["auto", "off"])
+def passthrough(request: pytest.FixtureRequest) -> str:
+    """kvm_run shared (where the kernel can), and copied."""
+    return str(request.param)
+
+
+# ---- kvmfs run, as whoever ----------------------------------------------------------------------------------
+
+
+def kvmfs_run(*command: str, options: Sequence[str] = (), wrapper: Sequence[str] = (), timeout: float = 60,
+              ) -> subprocess.CompletedProcess[str]:
+    """``kvmfs run options -- command``, optionally started by ``wrapper``."""
+    return subprocess.run([*wrapper, *KVMFS, "run", *options, "--", *command], env=ENVIRONMENT, timeout=timeout,
+                          capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL, cwd="/")
+
+
+# Runs "$@" as user and group 1000 without capabilities in a mount namespace where /dev/fuse may be opened by all, as it
+# is on other machines, and where that user can reach the checkout and Python, wherever they are.
+_AS_USER = """
+set -e
+mount --make-rprivate /
+mount -t tmpfs -o mode=755,dev kvmfs-test /mnt
+mknod -m 666 /mnt/fuse c 10 229
+mkdir /mnt/root
+mount --rbind /root /mnt/root
+mount -t tmpfs -o mode=755 kvmfs-test /root
+for path in $REACHABLE; do
+    mkdir -p "$path"
+    mount --rbind "/mnt$path" "$path"
+done
+mount --bind /mnt/fuse /dev/fuse
+exec setpriv --reuid 1000 --regid 1000 --clear-groups --inh-caps=-all "$@"
+"""
+
+
+def ordinary_user() -> list[str]:
+    """A wrapper that runs a command as an ordinary user."""
+    paths = {str(Path(path).resolve()) for path in (sys.prefix, sys.base_prefix, str(ROOT))} | {sys.prefix}
+    below_root = " ".join(sorted(path for path in paths if path.startswith("/root/")))
+    return ["env", f"REACHABLE={below_root}", "unshare", "--mount", "sh", "-c", _AS_USER, "sh"]
