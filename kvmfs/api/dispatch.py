@@ -102,12 +102,7 @@ class VmDispatcher:
             handler = self._vcpu_handlers.get(req.cmd)
             if handler is None:
                 raise KvmError(errno.EINVAL)
-            share = self._vm.arch.share
-            share.acquire(v, urgent=True)
-            try:
-                return handler(v, req)
-            finally:
-                share.release()
+            return handler(v, req)
         finally:
             v.mutex.release()
 

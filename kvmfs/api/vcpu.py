@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """ioctls on a vCPU's descriptor (Linux: kvm_vcpu_ioctl, kvm_arch_vcpu_ioctl).
 
-The dispatcher holds the vCPU's mutex and the engine: what a handler reads and writes stands still.
+The dispatcher holds the vCPU's mutex: what a handler reads and writes stands still.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from kvmfs.abi.structs import KvmFpu, KvmSregs, KvmVcpuEvents
 from kvmfs.errors import KvmError
-from kvmfs.kvm import events, fpu, regs
+from kvmfs.kvm import cpuid, events, fpu, msr_lists, regs
 from kvmfs.kvm.x86 import MP_STATE_RUNNABLE
 
 if TYPE_CHECKING:
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 _REGS = struct.Struct("<18Q")
 _U32 = struct.Struct("<I")
+_CPUID_HEADER = struct.Struct("<II")         # nent, padding
 KVM_NR_INTERRUPTS = 256
-KVM_MAX_MSRS = 256
 SIGSET_SIZE = 8
 # Never blocked, whatever a mask says: SIGKILL (9), SIGSTOP (19).
 _UNBLOCKABLE = 1 << 8 | 1 << 18
@@ -117,3 +117,40 @@ def set_signal_mask(vcpu: Vcpu, req: RequestLike) -> int:
         raise KvmError(errno.EINVAL)
     vcpu.sigset = int.from_bytes(memory.read(req.arg + 4, SIGSET_SIZE), "little") & ~_UNBLOCKABLE
     return 0
+
+
+def set_cpuid(vcpu: Vcpu, req: RequestLike) -> int:
+    """KVM_SET_CPUID (api.rst 4.20).  E2BIG: over 256 entries; EINVAL: the vCPU has run and it is another table."""
+    return _set_cpuid(vcpu, cpuid.load_cpuid(vcpu.vm.host.memory, req.arg, _CPUID_HEADER.unpack(req.data)[0]))
+
+
+def set_cpuid2(vcpu: Vcpu, req: RequestLike) -> int:
+    """KVM_SET_CPUID2, with the errors of KVM_SET_CPUID."""
+    return _set_cpuid(vcpu, cpuid.load_cpuid2(vcpu.vm.host.memory, req.arg, _CPUID_HEADER.unpack(req.data)[0]))
+
+
+def _set_cpuid(vcpu: Vcpu, entries: tuple[cpuid.CpuidEntry, ...]) -> int:
+    arch = vcpu.arch
+    arch.update_cpuid(vcpu)
+    arch.cpuid = cpuid.set_cpuid(arch.cpuid, entries, has_run=arch.ran, **arch.cpuid_state(vcpu))
+    return 0
+
+
+def get_cpuid2(vcpu: Vcpu, req: RequestLike) -> bytes:
+    """KVM_GET_CPUID2.  E2BIG: room for too few entries."""
+    vcpu.arch.update_cpuid(vcpu)
+    return cpuid.get_cpuid2(vcpu.arch.cpuid, vcpu.vm.host.memory, req.arg, req.data)
+
+
+def get_msrs(vcpu: Vcpu, req: RequestLike) -> int:
+    """KVM_GET_MSRS: how many could be read; it stops at the first that cannot."""
+    msrs = vcpu.arch.msrs
+    return msr_lists.get_msrs(vcpu.vm.host.memory, req.arg, _CPUID_HEADER.unpack(req.data)[0],
+                              lambda index: msr_lists.do_get_msr(msrs, index))
+
+
+def set_msrs(vcpu: Vcpu, req: RequestLike) -> int:
+    """KVM_SET_MSRS: how many were written; it stops at the first that cannot be."""
+    msrs, ran = vcpu.arch.msrs, vcpu.arch.ran
+    return msr_lists.set_msrs(vcpu.vm.host.memory, req.arg, _CPUID_HEADER.unpack(req.data)[0],
+                              lambda index, value: msr_lists.do_set_msr(msrs, index, value, has_run=ran))

@@ -56,7 +56,7 @@ def set_user_memory_region(vm: Vm, req: RequestLike) -> None:
 
 
 def _set_region(vm: Vm, req: RequestLike, slot: int, flags: int, gpa: int, size: int, hva: int) -> None:
-    slots, share = vm.memslots, vm.arch.share
+    slots = vm.memslots
     change = slots.prepare(slot, flags, gpa, size, hva)
     if change is None:
         return
@@ -64,15 +64,12 @@ def _set_region(vm: Vm, req: RequestLike, slot: int, flags: int, gpa: int, size:
     if change.needs_memory:
         # Not while holding the engine: the client's threads are stopped for this, also those in KVM_RUN.
         memory = HostRange(hva, size, vm.host.guest_memory(req, hva, size))
-    share.acquire(None, urgent=True)
     try:
         slots.apply(change, memory)
     except BaseException:
         if memory is not None:
             memory.close()
         raise
-    finally:
-        share.release()
 
 
 def set_tss_addr(vm: Vm, req: RequestLike) -> int:

@@ -10,7 +10,6 @@ import capstone
 from capstone import x86_const
 
 from kvmfs.abi import exits as kx
-from kvmfs.abi.x86 import DB_VECTOR, X86_EFLAGS_TF
 from kvmfs.kvm import events, mmu, regs
 from kvmfs.vendor.ops import SEG_CS, SEG_DS, SEG_FS, SEG_GS, SEG_SS
 
@@ -23,10 +22,7 @@ _PREFIXES = frozenset((0x26, 0x2E, 0x36, 0x3E, 0x64, 0x65, 0x66, 0x67, 0xF0, 0xF
 
 def skip_emulated_instruction(vcpu: Vcpu, length: int) -> int:
     """``kvm_skip_emulated_instruction``: go past it; a guest that single-steps gets its #DB.  Returns 1."""
-    cpu = vcpu.cpu
-    cpu.skip_instruction(length)
-    if cpu.rflags & X86_EFLAGS_TF:
-        events.queue_exception(vcpu, DB_VECTOR, payload=events.DR6_BS)
+    vcpu.cpu.skip_instruction(length)
     return 1
 
 

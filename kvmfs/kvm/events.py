@@ -103,8 +103,8 @@ def deliver_exception_payload(vcpu: Vcpu) -> None:
     if ex.vector == PF_VECTOR:
         vcpu.cpu.cr2 = ex.payload
     elif ex.vector == DB_VECTOR:
-        dr6 = (vcpu.cpu.dr[6] & ~0xF) | DR6_ACTIVE_LOW | ex.payload
-        vcpu.cpu.dr[6] = dr6 ^ (ex.payload & DR6_ACTIVE_LOW)
+        dr6 = (vcpu.cpu.dr(6) & ~0xF) | DR6_ACTIVE_LOW | ex.payload
+        vcpu.cpu.set_dr(6, dr6 ^ (ex.payload & DR6_ACTIVE_LOW))
     ex.has_payload, ex.payload = False, 0
 
 
@@ -165,8 +165,8 @@ def check_and_inject_events(vcpu: Vcpu) -> None:
         if ex.vector not in _TRAPS and ex.vector not in _ABORTS:
             cpu.rflags |= X86_EFLAGS_RF
         deliver_exception_payload(vcpu)
-        if ex.vector == DB_VECTOR and cpu.dr[7] & DR7_GD:
-            cpu.dr[7] &= ~DR7_GD
+        if ex.vector == DB_VECTOR and cpu.dr(7) & DR7_GD:
+            cpu.set_dr(7, cpu.dr(7) & ~DR7_GD)
         _give_exception(vcpu)
         ex.pending, ex.injected = False, True
         can_inject = False
@@ -193,7 +193,7 @@ def _give_interrupt(vcpu: Vcpu) -> None:
 def complete_events(vcpu: Vcpu) -> None:
     """``svm_complete_interrupts``: what was delivered is done; what was not is given again next time."""
     arch = vcpu.arch
-    if vcpu.cpu.pending_injection() is None:
+    if not vcpu.cpu.pending_injection():
         arch.exception.injected = arch.nmi_injected = arch.interrupt.injected = arch.given = False
     else:
         vcpu.cpu.cancel_injection()

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 KVM_MAX_VCPUS = 1024
 KVM_MAX_VCPU_IDS = 4 * KVM_MAX_VCPUS
 VCPU_MMAP_SIZE = 3 * 4096       # kvm_run, the PIO data page, the coalesced MMIO ring
-MAX_GPA_BITS = 52
+MAX_GPA_BITS = 40              # of the engine, and of the physical addresses that CPUID offers
 
 VM_INODE = 2
 VCPU_INODE = 0x100              # + the vCPU's index

@@ -135,7 +135,7 @@ class MemSlots:
         return Change(old, MemSlot(slot & 0xFFFF, flags, gpa, size, hva), old is None)
 
     def apply(self, change: Change, memory: HostRange | None) -> None:
-        """Carry out a prepared change while no vCPU runs; ``memory`` is the new slot's, if it is new."""
+        """Carry out a prepared change; ``memory`` is the new slot's, if it is new."""
         old, new = change.old, change.new
         if new is None:
             assert old is not None and old.memory is not None

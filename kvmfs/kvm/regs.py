@@ -13,6 +13,7 @@ from kvmfs.abi import x86 as X
 from kvmfs.abi.structs import KvmRegs, KvmSregs
 from kvmfs.errors import KvmError
 from kvmfs.kvm import events, mmu
+from kvmfs.kvm.msrs import apic_base_valid
 from kvmfs.vendor.ops import SEG_CS, SEG_DS, SEG_ES, SEG_FS, SEG_GS, SEG_LDTR, SEG_SS, SEG_TR
 
 if TYPE_CHECKING:
@@ -203,12 +204,11 @@ def set_efer(vcpu: Vcpu, efer: int, *, host_initiated: bool) -> bool:
 
 def set_apic_base(vcpu: Vcpu, value: int) -> bool:
     """``kvm_apic_set_base`` by the client."""
-    entry = vcpu.arch.cpuid.find(1, 0)
-    x2apic_known = entry is not None and entry.ecx >> 21 & 1
-    reserved = (M64 << vcpu.arch.cpuid.maxphyaddr) & M64 | 0x2FF | (0 if x2apic_known else 1 << 10)
-    if value & reserved or value & 0xC00 == 0x400:
+    arch = vcpu.arch
+    if not apic_base_valid(arch.apic_base, value, arch.cpuid, host_initiated=True):
         return False
-    vcpu.arch.apic_base = value
+    if value != arch.apic_base:
+        arch.apic_base, arch.cpuid_changed = value, True
     return True
 
 

@@ -10,9 +10,10 @@ from __future__ import annotations
 import errno
 import struct
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 from kvmfs.abi import exits as kx
+from kvmfs.abi.x86 import CR4_OSXSAVE
 from kvmfs.cpu.cpu import (
     EXIT_FETCH,
     EXIT_IO_IN,
@@ -23,11 +24,11 @@ from kvmfs.cpu.cpu import (
     EXIT_SVM,
 )
 from kvmfs.kvm import events
+from kvmfs.kvm.cpu_msrs import VcpuMsrs
 from kvmfs.kvm.cpuid import CpuidTable
 from kvmfs.kvm.emulate import prepare_emulation_failure
 from kvmfs.kvm.msrs import MsrFile
 from kvmfs.kvm.regs import linear_rip
-from kvmfs.kvm.slices import EngineShare
 from kvmfs.vendor.handle_exit import EXIT_HANDLERS
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ SIGSET_POLL = 0.002             # seconds between looks at a client's blocked si
 
 # Offsets in struct kvm_run.
 _REQUEST_WINDOW, _IMMEDIATE_EXIT, _EXIT_REASON, _READY = 0, 1, 8, 12
-_UNION, _VALID_REGS, PIO_DATA = 32, 288, 4096
+_UNION, _MMIO_DATA, _VALID_REGS, PIO_DATA = 32, 40, 288, 4096
 _set_reason = struct.Struct("<I").pack_into
 _set_saved = struct.Struct("<BBHQQ").pack_into          # from _READY: ready, if_flag, flags, cr8, apic_base
 _get_cr8 = struct.Struct("<Q").unpack_from
@@ -52,11 +53,18 @@ _set_mmio = struct.Struct("<Q8sIB").pack_into           # phys_addr, data, len, 
 _set_fail = struct.Struct("<QI").pack_into              # hardware_entry_failure_reason, cpu
 
 
+class CpuidState(TypedDict):
+    """What CPUID mirrors of a vCPU's state."""
+
+    osxsave: bool
+    apic_enabled: bool
+    xcr0: int
+
+
 class VmArch:
     """``struct kvm_arch``, as far as it exists."""
 
     def __init__(self) -> None:
-        self.share = EngineShare()
         self.resumed = threading.Event()
         self.resumed.set()
         self.exception_payload_enabled = False
@@ -79,12 +87,24 @@ class VcpuArch:
         self.entry_check = True             # a client changed state: is it one that can be entered?
         self.cpuid_changed = True
         self.apic_base = APIC_BASE_RESET
+        self.cr8_before = 0                 # to see the guest lower it
         self.complete_userspace_io: Callable[[Vcpu], int] | None = None
         self.pio_linear_rip = 0
         self.ran = False                    # has been in the guest: CPUID is fixed
         self.last_vmentry_cpu = 0xFFFFFFFF
         self.cpuid: CpuidTable = CpuidTable()
         self.msrs: MsrFile
+
+    def cpuid_state(self, vcpu: Vcpu) -> CpuidState:
+        """The state that CPUID mirrors, as arguments of kvmfs.kvm.cpuid."""
+        return {"osxsave": bool(vcpu.cpu.cr4 & CR4_OSXSAVE), "apic_enabled": bool(self.apic_base & 1 << 11),
+                "xcr0": vcpu.cpu.xcr0}
+
+    def update_cpuid(self, vcpu: Vcpu) -> None:
+        """``kvm_update_cpuid_runtime``, when something has changed that it mirrors."""
+        if self.cpuid_changed:
+            self.cpuid_changed = False
+            self.cpuid.update_runtime(**self.cpuid_state(vcpu))
 
 
 # ---- creation and reset ----------------------------------------------------------------------------------
@@ -94,7 +114,7 @@ def vcpu_create(vcpu: Vcpu) -> None:
     vendor, arch = vcpu.vm.vendor, vcpu.arch
     if vcpu.vcpu_id == vcpu.vm.arch.bsp_vcpu_id:
         arch.apic_base |= 1 << 8
-    arch.msrs = vendor.create_msrs(vcpu)
+    arch.msrs = MsrFile(vendor.name, lambda: arch.cpuid, VcpuMsrs(vcpu))
     vendor.vcpu_create(vcpu)
     vcpu_reset(vcpu, init_event=False)
 
@@ -111,8 +131,9 @@ def vcpu_reset(vcpu: Vcpu, *, init_event: bool) -> None:
     cpu.interrupt_shadow = 0
     cpu.nmi_masked = False
     for i in range(4):
-        cpu.dr[i] = 0
-    cpu.dr[6], cpu.dr[7] = 0xFFFF0FF0, 0x400
+        cpu.set_dr(i, 0)
+    cpu.set_dr(6, 0xFFFF0FF0)
+    cpu.set_dr(7, 0x400)
     cpu.cr2 = 0
     entry = arch.cpuid.find(1, 0)
     cpu.set_gprs((0, 0, entry.eax if entry is not None else 0x600) + (0,) * 13)
@@ -132,18 +153,6 @@ _FPU_RESET = struct.pack("<HHBBHQQII", 0x37F, 0, 0, 0, 0, 0, 0, 0x1F80, 0xFFFF).
 
 # ---- KVM_RUN ---------------------------------------------------------------------------------------------
 
-def vcpu_load(vcpu: Vcpu) -> None:
-    """``vcpu_load``: take the engine for this vCPU; nobody else runs or changes its state until put."""
-    vcpu.vm.arch.share.acquire(vcpu)
-    vcpu.vm.vendor.vcpu_load(vcpu)
-
-
-def vcpu_put(vcpu: Vcpu) -> None:
-    """``vcpu_put``."""
-    vcpu.vm.vendor.vcpu_put(vcpu)
-    vcpu.vm.arch.share.release()
-
-
 def ioctl_run(vcpu: Vcpu, req: RequestLike) -> int:
     """``kvm_arch_vcpu_ioctl_run`` (api.rst 4.10): 0, or -EINTR, -EINVAL, -EFAULT, -EAGAIN."""
     run, host = vcpu.run, vcpu.vm.host
@@ -152,12 +161,13 @@ def ioctl_run(vcpu: Vcpu, req: RequestLike) -> int:
         host.kvm_run_copy_in(vcpu.inode, run)
     vcpu.request = req
     run[14:16] = b"\0\0"                        # kvm_run.flags
-    vcpu_load(vcpu)
+    vendor = vcpu.vm.vendor
+    vendor.vcpu_load(vcpu)
     try:
         return _run(vcpu, req)
     finally:
         _post_run_save(vcpu)
-        vcpu_put(vcpu)
+        vendor.vcpu_put(vcpu)
         vcpu.request = None
         if vcpu.copy_run:
             host.kvm_run_copy_out(vcpu.inode, run)
@@ -190,8 +200,7 @@ def _run(vcpu: Vcpu, req: RequestLike) -> int:
 
 
 def _vcpu_run(vcpu: Vcpu, req: RequestLike) -> int:
-    run, arch, vm_arch = vcpu.run, vcpu.arch, vcpu.vm.arch
-    share, resumed = vm_arch.share, vm_arch.resumed
+    run, arch, resumed = vcpu.run, vcpu.arch, vcpu.vm.arch.resumed
     _set_reason(run, _EXIT_REASON, kx.KVM_EXIT_UNKNOWN)
     while True:
         if req.interrupted and signal_pending(vcpu, req):
@@ -207,10 +216,6 @@ def _vcpu_run(vcpu: Vcpu, req: RequestLike) -> int:
             return -errno.EIO
         if not resumed.is_set():
             _wait_for_resume(vcpu, req)
-        elif share.contended:
-            vcpu.vm.vendor.vcpu_put(vcpu)
-            share.give_way(vcpu)
-            vcpu.vm.vendor.vcpu_load(vcpu)
 
 
 def _enter_guest(vcpu: Vcpu, run: memoryview, arch: VcpuArch) -> int:
@@ -246,10 +251,10 @@ def _post_run_save(vcpu: Vcpu) -> None:
 
 
 def _wait_for_resume(vcpu: Vcpu, req: RequestLike) -> None:
-    vcpu_put(vcpu)
+    vcpu.vm.vendor.vcpu_put(vcpu)
     while not vcpu.vm.arch.resumed.wait(0.05) and not req.interrupted:
         pass
-    vcpu_load(vcpu)
+    vcpu.vm.vendor.vcpu_load(vcpu)
 
 
 # ---- signals ---------------------------------------------------------------------------------------------
@@ -326,8 +331,8 @@ def _complete_io_in(vcpu: Vcpu) -> int:
 def _exit_io_out(vcpu: Vcpu) -> int:
     cpu, run, arch = vcpu.cpu, vcpu.run, vcpu.arch
     e = cpu.exit
-    data = cpu.io_out_data()
-    run[PIO_DATA:PIO_DATA + len(data)] = data
+    size = e.size * e.count
+    run[PIO_DATA:PIO_DATA + size] = cpu.data[:size]
     _set_reason(run, _EXIT_REASON, kx.KVM_EXIT_IO)
     _set_io(run, _UNION, kx.KVM_EXIT_IO_OUT, e.size, e.port, e.count, PIO_DATA)
     arch.pio_linear_rip = linear_rip(vcpu)
@@ -339,8 +344,7 @@ def _complete_io_out(vcpu: Vcpu) -> int:
     if linear_rip(vcpu) != vcpu.arch.pio_linear_rip:
         vcpu.cpu.forget_io()
         return 1
-    vcpu.cpu.complete_io_out()
-    return 1
+    return _further(vcpu, vcpu.cpu.complete_io_out())
 
 
 def _exit_mmio_read(vcpu: Vcpu) -> int:
@@ -356,7 +360,7 @@ def _exit_mmio_read(vcpu: Vcpu) -> int:
 
 def _complete_mmio_read(vcpu: Vcpu) -> int:
     cpu = vcpu.cpu
-    return _further(vcpu, cpu.complete_mmio_read(bytes(vcpu.run[40:40 + cpu.exit.size])))
+    return _further(vcpu, cpu.complete_mmio_read(vcpu.run[_MMIO_DATA:_MMIO_DATA + cpu.exit.size]))
 
 
 def _exit_mmio_write(vcpu: Vcpu) -> int:
@@ -364,16 +368,16 @@ def _exit_mmio_write(vcpu: Vcpu) -> int:
     e = cpu.exit
     slot = vcpu.vm.memslots.find(e.gpa)
     if slot is not None and not slot.readonly:
+        cpu.forget_io()
         return -errno.EFAULT
     _set_reason(run, _EXIT_REASON, kx.KVM_EXIT_MMIO)
-    _set_mmio(run, _UNION, e.gpa, cpu.mmio_write_data(), e.size, 1)
-    if cpu.pending_fragments:
-        arch.complete_userspace_io = _next_fragment
+    _set_mmio(run, _UNION, e.gpa, bytes(cpu.data[:e.size]), e.size, 1)
+    arch.complete_userspace_io = _next_fragment
     return 0
 
 
 def _next_fragment(vcpu: Vcpu) -> int:
-    return _HANDLERS[vcpu.cpu.run()](vcpu)
+    return _further(vcpu, vcpu.cpu.complete())
 
 
 def _further(vcpu: Vcpu, kind: int) -> int:

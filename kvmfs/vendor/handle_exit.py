@@ -30,14 +30,14 @@ M32 = (1 << 32) - 1
 RAX, RCX, RDX, RBX, RSI = 0, 1, 2, 3, 6
 
 EXIT_READ_CR0, EXIT_WRITE_CR0, EXIT_WRITE_CR4, EXIT_WRITE_CR8 = 0x00, 0x10, 0x14, 0x18
-EXIT_EXCP_UD = 0x46
+EXIT_WRITE_DR7 = 0x37
 EXIT_VINTR, EXIT_RDPMC, EXIT_CPUID, EXIT_INVD, EXIT_HLT = 0x64, 0x6F, 0x72, 0x76, 0x78
 EXIT_INVLPGA, EXIT_MSR, EXIT_SHUTDOWN = 0x7A, 0x7C, 0x7F
 EXIT_VMRUN, EXIT_VMMCALL, EXIT_SKINIT = 0x80, 0x81, 0x86
 EXIT_WBINVD, EXIT_MONITOR, EXIT_MWAIT, EXIT_MWAIT_COND, EXIT_XSETBV = 0x89, 0x8A, 0x8B, 0x8C, 0x8D
 
 KVM_ENOSYS, KVM_EPERM = 1000, 1
-HYPERCALLS = (b"\x0f\x01\xd9", b"\x0f\x01\xc1")        # VMMCALL, VMCALL
+DR7_VOLATILE, DR7_FIXED_1 = 0xFFFF2BFF, 0x400
 
 _set_reason = struct.Struct("<I").pack_into
 
@@ -56,6 +56,7 @@ def _hlt(vcpu: Vcpu) -> int:
 
 def _cpuid(vcpu: Vcpu) -> int:
     cpu = vcpu.cpu
+    vcpu.arch.update_cpuid(vcpu)
     values = vcpu.arch.cpuid.cpuid(cpu.gpr(RAX) & M32, cpu.gpr(RCX) & M32)
     for index, value in zip((RAX, RBX, RCX, RDX), values, strict=True):
         cpu.set_gpr(index, value)
@@ -160,18 +161,21 @@ def _lmsw(vcpu: Vcpu, code: bytes) -> int:
     return complete_insn_gp(vcpu, regs.set_cr0(vcpu, cr0 & ~0xE | msw & 0xF), length)
 
 
-def _undefined_opcode(vcpu: Vcpu) -> int:
-    """#UD: a guest may use the other vendor's hypercall instruction; all else is the guest's own."""
-    if fetch(vcpu)[:3] in HYPERCALLS:
-        return hypercall(vcpu)
-    events.inject_ud(vcpu)
-    return 1
+def _write_dr7(vcpu: Vcpu) -> int:
+    """MOV to DR7 (``kvm_set_dr``): bits above 31 raise #GP, reserved ones have their fixed values."""
+    op = decode(vcpu, fetch(vcpu))
+    value = vcpu.cpu.gpr(op.modrm & 7 | (op.rex & 1) << 3)
+    if not regs.is_64_bit_mode(vcpu):
+        value &= M32
+    if not value >> 32:
+        vcpu.cpu.set_dr(7, value & DR7_VOLATILE | DR7_FIXED_1)
+    return complete_insn_gp(vcpu, not value >> 32, op.prefix_length + 3)
 
 
 def hypercall(vcpu: Vcpu) -> int:
     """``kvm_emulate_hypercall``; the other vendor's instruction is patched first (KVM_X86_QUIRK_FIX_HYPERCALL_INSN)."""
     cpu, own = vcpu.cpu, vcpu.vm.vendor.hypercall_bytes
-    if fetch(vcpu)[:3] != own:
+    if fetch(vcpu)[:3] != own:                      # VMCALL, too, leaves the engine as VMMCALL
         mmu.write_virtual(vcpu, regs.linear_rip(vcpu), own)
     wide = regs.is_64_bit_mode(vcpu)
     number = cpu.gpr(RAX) if wide else cpu.gpr(RAX) & M32
@@ -189,7 +193,7 @@ EXIT_HANDLERS: dict[int, Callable[[Vcpu], int]] = {
     EXIT_WRITE_CR0: _write_cr,
     EXIT_WRITE_CR4: _write_cr,
     EXIT_WRITE_CR8: _write_cr,
-    EXIT_EXCP_UD: _undefined_opcode,
+    EXIT_WRITE_DR7: _write_dr7,
     EXIT_VINTR: _window,
     EXIT_RDPMC: _rdpmc,
     EXIT_CPUID: _cpuid,

@@ -69,6 +69,7 @@ class KvmX86Ops(abc.ABC):
     def vcpu_create(self, vcpu: Vcpu) -> None:
         """Set up what stays for the vCPU's life: intercepts and the MSRs that need none."""
         vcpu.cpu.set_intercept(*COMMON_INTERCEPTS)
+        vcpu.cpu.set_register_intercepts(cr_write=1 << 0 | 1 << 4 | 1 << 8)
         for msr in self.passthrough_msrs:
             vcpu.cpu.msr_passthrough(msr, True, True)
 
@@ -95,7 +96,8 @@ class KvmX86Ops(abc.ABC):
 
     def get_cpl(self, vcpu: Vcpu) -> int:
         """The current privilege level, 0-3."""
-        return vcpu.cpu.segment(SEG_SS)[3] >> 5 & 3
+        attrib: int = vcpu.cpu.segment(SEG_SS)[3]
+        return attrib >> 5 & 3
 
     def get_if_flag(self, vcpu: Vcpu) -> bool:
         return bool(vcpu.cpu.rflags & X86_EFLAGS_IF)

@@ -65,7 +65,7 @@ class Svm(KvmX86Ops):
         bad = (cr0 >> 32
                or cr4 & ~regs.CR4_KNOWN
                or efer & ~(regs.EFER_KNOWN | X.EFER_SVME)
-               or (cpu.dr[6] | cpu.dr[7]) >> 32
+               or (cpu.dr(6) | cpu.dr(7)) >> 32
                or (long_paging and not cr4 & X.CR4_PAE)
                or (long_paging and not cr0 & X.CR0_PE)
                or (long_paging and attrib & segments.L and attrib & segments.DB))
@@ -79,8 +79,3 @@ class Svm(KvmX86Ops):
         from kvmfs.kvm.x86 import vcpu_reset  # the machine imports its vendors
 
         vcpu_reset(vcpu, init_event=True)
-
-    def get_cpl(self, vcpu: Vcpu) -> int:
-        return vcpu.cpu.segment(SEG_SS)[3] >> 5 & 3
-
-

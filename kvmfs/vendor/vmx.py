@@ -93,7 +93,7 @@ class Vmx(KvmX86Ops):
         lma = bool(efer & X.EFER_LMA)
         if cr0 & X.CR0_PG and lma != bool(efer & X.EFER_LME):
             return False
-        return not (lma and not (cr0 & X.CR0_PG and cr4 & X.CR4_PAE)) and not cpu.dr[7] >> 32
+        return not (lma and not (cr0 & X.CR0_PG and cr4 & X.CR4_PAE)) and not cpu.dr(7) >> 32
 
     @staticmethod
     def _rip_rflags_ok(vcpu: Vcpu) -> bool:
@@ -123,7 +123,7 @@ class Vmx(KvmX86Ops):
             return False
         if not all(self._data_ok(*cpu.segment(i)) for i in (SEG_DS, SEG_ES, SEG_FS, SEG_GS)):
             return False
-        return self._tr_ok(*cpu.segment(SEG_TR), lma) and self._ldtr_ok(*cpu.segment(SEG_LDTR))
+        return self._tr_ok(*cpu.segment(SEG_TR), lma=lma) and self._ldtr_ok(*cpu.segment(SEG_LDTR))
 
     @staticmethod
     def _limit_ok(limit: int, attrib: int) -> bool:
@@ -162,7 +162,7 @@ class Vmx(KvmX86Ops):
             return False
         return self._limit_ok(limit, attrib)
 
-    def _tr_ok(self, selector: int, base: int, limit: int, attrib: int, lma: bool) -> bool:
+    def _tr_ok(self, selector: int, base: int, limit: int, attrib: int, *, lma: bool) -> bool:
         if not attrib & P or attrib & S or selector & 4 or not self._limit_ok(limit, attrib):
             return False
         return attrib & 0xF == 11 or (attrib & 0xF == 3 and not lma)
