@@ -3,8 +3,17 @@
 #pragma once
 #include "native.h"
 
+// QEMU aborts the process when it needs a stack from a TSS that is none; with an empty one it raises #TS.
+static void usable_tss(Engine *e) {
+    Seg *tr = &F(Seg, TR);
+    if (!(F(u64, CR) & 1) || ((tr->flags & 0x8000) && (tr->flags >> 8 & 7) == 1)) return;
+    tr->flags = 0x8900;
+    tr->limit = 0;
+}
+
 static void deliver(Vcpu *v, int vector, int soft) {
     Engine *e = v->e;
+    usable_tss(e);
     v->delivering = vector;
     v->delivering_soft = soft;
     e->do_interrupt(e->cpu); // a nested fault jumps into cpu_exec and comes back through h_intr

@@ -61,7 +61,10 @@ static void our_exec_enter(void *cs) {
     Engine *e = engine_of(cs);
     e->exec_enter(cs);
     Vcpu *v = cur;
-    if (v && !v->replaying && (atomic_load(&v->kick) || atomic_load(&v->yield))) p_emu_stop(e->uc);
+    if (!v || v->replaying) return;
+    // Entered again within a run: the guest executed PAUSE, so somebody who waits may be who it waits for.
+    if (v->entered++ && e->ticket - e->serving > 1) atomic_store(&v->yield, 1);
+    if (atomic_load(&v->kick) || atomic_load(&v->yield)) p_emu_stop(e->uc);
 }
 
 static void stop(Vcpu *v, atomic_int *why) {
@@ -74,6 +77,7 @@ static void stop(Vcpu *v, atomic_int *why) {
 static void start(Vcpu *v, int guest) {
     Engine *e = v->e;
     v->exit.kind = EXIT_NONE;
+    v->entered = 0;
     lock(v);
     v->in_guest = guest;
     unlock(v);
@@ -264,6 +268,7 @@ void nv_kick(Vcpu *v) { stop(v, &v->kick); }
 static void arm(Vcpu *v) {
     Engine *e = v->e;
     u32 irq = v->nmi ? IRQ_NMI : 0;
+    usable_tss(e);
     F(u64, INTERCEPT) &= ~(u64)ICPT_VINTR;
     if (v->exc_vector >= 0) irq |= IRQ_OURS;
     if (v->intr_vector >= 0) {

@@ -78,7 +78,7 @@ typedef struct Vcpu {
     struct Engine *e;
     char *image;
     atomic_flag lk;
-    int in_guest, replaying, movbe, steps, used, delivering, delivering_soft, ins_pos, cross_left, cross_size, allow;
+    int in_guest, entered, replaying, movbe, steps, used, delivering, delivering_soft, ins_pos, cross_left, cross_size, allow;
     const u8 *in_data;
     Insn insn;
     Known known[MAX_KNOWN];

@@ -366,3 +366,15 @@ def test_many_engines():
     assert len(os.listdir("/proc/self/fd")) <= before + 1
     g = Guest("start: cpuid\n hlt")
     assert g.cpu.run() == EXIT_SVM
+
+
+def test_spinning_with_pause_gives_the_engine_away():
+    g = Guest("start: pause\n cmp byte ptr [0x20000],0\n je start\n hlt\nother: mov byte ptr [0x20000],1\n hlt")
+    other = Guest("start: hlt", engine=g.engine)
+    other.cpu.rip = g.sym["other"]
+    thread = threading.Thread(target=g.hlt)
+    thread.start()
+    time.sleep(0.05)
+    other.hlt()
+    thread.join(5)
+    assert not thread.is_alive()

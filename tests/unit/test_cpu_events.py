@@ -387,3 +387,13 @@ gdtr: .word 0x4f
     assert g.cpu.efer == 0x500
     assert g.cpu.segment(1)[3] & 0x200  # L
     assert PT
+
+
+@pytest.mark.parametrize("mode", ["pm32", "long"])
+def test_no_tss_is_a_shutdown_not_an_abort(mode):
+    r, code = ("rax", 0x33) if mode == "long" else ("eax", 0x23)
+    iret = "iretq" if mode == "long" else "iretd"
+    frame = f"push 0x2b\n push 0x4f000\n push 2\n push {code}\n lea {r},[user]\n push {r}"
+    g = Guest(f"start: {frame}\n {iret}\nuser: ud2", mode)
+    g.cpu.set_segment(7, 0, 0, 0, 0)
+    assert svm(g)[0] == 0x7F
