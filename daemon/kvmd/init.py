@@ -183,7 +183,6 @@ def misc_register(m: Module) -> Iterator[None]:
     finally:
         node.unregister()
         m.vms.stop()
-        node.close()
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import threading
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import pyfuse3
@@ -30,7 +31,7 @@ log = logging.getLogger("kvmd.node")
 
 NODE = "kvm"
 NODE_INODE = 2
-FIRST_STATE_INODE = 3
+STATE_INODE = 3
 STATE = "state"         # JSON: what `kvmfs version` shows
 MAX_IDLE = 2
 
@@ -43,16 +44,14 @@ class Node:
         self.path = os.path.join(self.mountpoint, NODE)
         self.vms_passthrough = vms.passthrough
         self._vms = vms
-        self._state_lock = threading.Lock()
         self._facts: dict[str, Any] = {}
         uid, gid = options.owner_id(), options.group_id()
         os.makedirs(self.mountpoint, exist_ok=True)
         if mount.clear_stale(self.mountpoint):
             log.warning("a stale mount on %s was removed", self.mountpoint)
-        self._operations = NodeOperations(uid=os.geteuid(), gid=os.getegid())
-        self._state_inode = FIRST_STATE_INODE
+        self._operations = PublicOperations(self._state, os.geteuid(), os.getegid())
+        self._operations.add_node(STATE_INODE, STATE, mode=0o444, uid=uid, gid=gid)
         self._operations.add_node(NODE_INODE, NODE, mode=options.mode, uid=uid, gid=gid, size=0, data=None)
-        self._owner = (uid, gid)
         kvm = Kvm(ops, self._memory_of)
         dispatcher = SystemDispatcher(kvm, create_vm=vms.create)
         fuse = mount.open_dev_fuse()
@@ -66,7 +65,6 @@ class Node:
         try:
             self._channel = Channel(fuse, dispatcher.ioctl, max_idle=MAX_IDLE)
             vms.may_block = self._channel.may_block
-            vms.changed = self._write_state
         except BaseException:
             self.unregister()
             raise
@@ -101,27 +99,38 @@ class Node:
             if error.errno not in (errno.EINVAL, errno.ENOENT):     # somebody else has unmounted it
                 log.warning("%s", error)
 
-    def close(self) -> None:
-        """Nothing is left of it."""
-        self._vms.changed = lambda: None
-
     # ---- facts --------------------------------------------------------------------------------------
 
     def publish(self, facts: dict[str, Any]) -> None:
         """Show ``facts`` in the state file, together with the VMs."""
         self._facts = facts
-        self._write_state()
 
-    def _write_state(self) -> None:
-        with self._state_lock:
-            vms = [{"vm": b.number, "process": b.process.tgid, "worker": b.pid} for b in self._vms.brokers()]
-            text = json.dumps({**self._facts, "vms": vms, "vms_created": self._vms.created}).encode() + b"\n"
-            uid, gid = self._owner
-            if self._state_inode > FIRST_STATE_INODE:
-                self._operations.remove_node(self._state_inode - 1)
-            # A new inode each time: the kernel keeps size and contents of the old one in its cache.
-            self._operations.add_node(self._state_inode, STATE, mode=0o444, uid=uid, gid=gid, data=bytearray(text))
-            self._state_inode += 1
+    def _state(self) -> bytes:
+        vms = [{"vm": b.number, "process": b.process.tgid, "worker": b.pid} for b in self._vms.brokers()]
+        return json.dumps({**self._facts, "vms": vms, "vms_created": self._vms.created}).encode() + b"\n"
+
+
+class PublicOperations(NodeOperations):
+    """The node, and the state file: each open of that shows how things are just then."""
+
+    def __init__(self, state: Callable[[], bytes], uid: int, gid: int) -> None:
+        super().__init__(uid=uid, gid=gid)
+        self._state = state
+        self._texts: dict[int, bytes] = {}
+
+    async def open(self, inode: pyfuse3.InodeT, flags: pyfuse3.FlagT, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
+        info = await super().open(inode, flags, ctx)
+        if inode == STATE_INODE:
+            self._texts[info.fh] = self._state()
+        return info
+
+    async def read(self, fh: pyfuse3.FileHandleT, off: int, size: int) -> bytes:
+        text = self._texts.get(fh)
+        return await super().read(fh, off, size) if text is None else text[off:off + size]
+
+    async def release(self, fh: pyfuse3.FileHandleT) -> None:
+        self._texts.pop(fh, None)
+        await super().release(fh)
 
 
 class _OwnedMemory(ClientMemory):

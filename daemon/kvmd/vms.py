@@ -54,7 +54,6 @@ class Vms:
         self.closing = False
         self._warned: set[int] = set()
         self.may_block: Callable[[], None] = lambda: None
-        self.changed: Callable[[], None] = lambda: None
         self.created = 0
 
     # ---- KVM_CREATE_VM ------------------------------------------------------------------------------
@@ -148,12 +147,10 @@ class Vms:
             control.close()
         broker.wait_until_ready()
         self.created += 1
-        self.changed()
 
     def _closed(self, broker: Broker) -> None:
         with self._lock:
             self._brokers.pop(broker.number, None)
-        self.changed()
 
     # ---- all of them --------------------------------------------------------------------------------
 
