@@ -8,10 +8,10 @@ on to stock pyfuse3, which is given one end of a socketpair as the "mount point"
 Why it is as it is (figures: one core, Linux 6.18, CPython 3.11):
 
 - An ioctl is answered in the thread that read it. Any hand-over to another thread costs 5 to 70 µs.
-- All reader threads share the one descriptor. The kernel wakes one of them per request; cloned descriptors
-  (FUSE_DEV_IOC_CLONE) were not faster and each costs a descriptor and a rule (answer where you read).
+- All reader threads share the one descriptor: the kernel wakes one of them per request. A cloned one
+  (FUSE_DEV_IOC_CLONE) would bind an answer to the descriptor that its request came from.
 - One reader is fastest, but a thread that runs a guest reads nothing. `may_block` makes sure that another one
-  does.
+  does. That one waits in read(2), not for a word of ours: the change of threads then costs 1 µs, not a wakeup.
 - FUSE_INTERRUPT may be read by another thread before its request was looked at by the one that read it. Such
   early interrupts are remembered; `Request.interrupted` is set before the handler sees the request.
 """

@@ -122,7 +122,7 @@ def mount_path(
 def detached_mount(fd: int, source: str, *, uid: int | None = None, gid: int | None = None) -> int:
     """Mount the /dev/fuse descriptor *fd* without a path.
 
-    → a descriptor (close-on-exec) of the mount's root, for openat(2) and `attach`. The mount ends with the
+    → an O_PATH descriptor (close-on-exec) of the mount's root, for openat(2) and `attach`. The mount ends with the
     last of it and of the files opened on it; the server's read then gets ENODEV. OSError: as mount_path,
     ENOSYS before Linux 5.2.
     """
