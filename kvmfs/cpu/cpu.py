@@ -33,6 +33,7 @@ _RESET_INTERCEPTS: Final = (
     18,  # CPUID
     19,  # RSM
     24,  # HLT
+    26,  # INVLPGA
     28,  # MSR
     31,  # SHUTDOWN
     *range(32, 39),  # VMRUN VMMCALL VMLOAD VMSAVE STGI CLGI SKINIT
@@ -79,7 +80,7 @@ class Cpu(StateFields):
 
     def rebind(self) -> None:
         """Look where the state lives now (it moves once, when the engine gets its second vCPU)."""
-        self._s = CpuState.from_address(self._info.state)
+        self._s = CpuState.from_address(self._info.home)
 
     def reset(self) -> None:
         """The state after RESET (SDM volume 3, table 11-1) with the default intercepts. No event is pending."""
@@ -162,9 +163,13 @@ class Cpu(StateFields):
         """Whether the last I/O exit is still to be completed."""
         return self._info.pend != 0
 
-    def skip_instruction(self, length: int) -> None:
-        """Step over the instruction at rip: interrupt shadow and RF end, a single-step trap becomes pending."""
-        self._lib.nv_skip(self._ptr, length)
+    def skip_instruction(self, length: int) -> int:
+        """Step over the instruction at rip: interrupt shadow and RF end, a single-step trap becomes pending.
+
+        0; EXIT_SVM (with exit.code 0x41) when there is such a trap and #DB is intercepted.
+        """
+        kind: int = self._lib.nv_skip(self._ptr, length)
+        return kind
 
     def insn_bytes(self, count: int = 15) -> bytes:
         """Up to count bytes at cs:rip; fewer where memory ends."""

@@ -75,7 +75,12 @@ static void h_intr(void *uc, u32 no, void *user) {
     if (soft) { // so that a fault while it is delivered has INT's own rip
         u8 b = 0;
         guest_fetch(e, e->env, F(Seg, SEGS + 24).base + F(u64, EIP) - 1, &b, 1);
-        F(u64, EIP) -= (no == 3 && b == 0xcc) || (no == 4 && b == 0xce) ? 1 : 2;
+        int short_form = (no == 3 && b == 0xcc) || (no == 4 && b == 0xce);
+        F(u64, EIP) -= short_form ? 1 : 2;
+        if (short_form && (F(u32, ICEPT_EXC) >> no & 1)) { // QEMU looks only at the intercept of INT n
+            F(int32_t, ERROR_CODE) = F(int32_t, IS_INT) = 0;
+            vmexit(v, 0x40 + no);
+        }
     }
     deliver(v, no, soft);
 }
@@ -142,6 +147,7 @@ static u32 h_in(void *uc, u32 port, int size, void *user) {
     x->port = port;
     x->size = size;
     x->count = 1;
+    x->insn_len = i->len;
     x->string = !i->plain;
     if (i->rep && !i->plain) {
         u64 left = REGS(e->env)[1] & addr_mask(i), off = REGS(e->env)[7] & 0xfff;
@@ -173,6 +179,7 @@ static void h_out(void *uc, u32 port, int size, u32 val, void *user) {
     x->port = port;
     x->size = size;
     x->count = 1;
+    x->insn_len = v->insn.len;
     x->string = !v->insn.plain;
     *(u64 *)x->data = val;
     leave(v, EXIT_IO_OUT);

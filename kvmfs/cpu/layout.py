@@ -168,6 +168,7 @@ class VcpuInfo(ctypes.Structure):
         ("state", ctypes.c_uint64),
         ("vmcb_gpa", ctypes.c_uint64),
         ("vmcb", ctypes.c_uint64),
+        ("home", ctypes.c_uint64),
         ("flush", ctypes.c_int32),
         ("intr_vector", ctypes.c_int32),
         ("window", ctypes.c_int32),
@@ -183,6 +184,7 @@ class VcpuInfo(ctypes.Structure):
     state: int
     vmcb_gpa: int
     vmcb: int
+    home: int
     flush: int
     intr_vector: int
     window: int

@@ -46,6 +46,7 @@ _Noreturn static void bail(Engine *e) {
 
 _Noreturn static void leave(Vcpu *v, int kind) {
     v->exit.kind = kind;
+    v->delivering = -1;
     bail(v->e);
 }
 
@@ -146,6 +147,7 @@ static int skip(Vcpu *v, int len) {
     ((u64 *)(v->state + DR))[6] |= 0x4000;
     if (S(u32, ICEPT_EXC) & 2) {
         v->exit.code = 0x41;
+        v->exit.info2 = 0;
         v->exit.info1 = 0;
         return v->exit.kind = EXIT_SVM;
     }

@@ -64,6 +64,7 @@ typedef struct Vcpu {
     char *state;          // env, or the image while several vCPUs share the engine
     u64 vmcb_gpa;
     u8 *vmcb;
+    char *home;           // where the state is while the vCPU does not run
     int32_t flush;        // the TLB does not fit the state any more
     int32_t intr_vector;  // interrupt to deliver, -1 none
     int32_t window;       // report when interrupts can be taken (exit 0x64), one shot

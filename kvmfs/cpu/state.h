@@ -128,10 +128,10 @@ Vcpu *nv_cpu_new(Engine *e) {
         if (e->ncpus == 1) { // from now on no state stays in the engine
             Vcpu *first = e->cpus[0];
             memcpy(first->image, e->env, STATE_SIZE);
-            first->state = first->image;
+            first->state = first->home = first->image;
         }
         memcpy(image, e->env, STATE_SIZE);
-        v->state = e->ncpus ? image : e->env;
+        v->state = v->home = e->ncpus ? image : e->env;
         v->flush = 1;
         e->cpus[e->ncpus++] = v;
     }

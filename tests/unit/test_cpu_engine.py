@@ -378,3 +378,18 @@ def test_spinning_with_pause_gives_the_engine_away():
     other.hlt()
     thread.join(5)
     assert not thread.is_alive()
+
+
+def test_second_cpu_is_created_while_the_first_runs():
+    g = Guest(LOOP)
+    thread = threading.Thread(target=g.cpu.run)
+    thread.start()
+    time.sleep(0.02)
+    other = Guest("start: hlt", engine=g.engine)
+    other.cpu.rip = g.sym["h_def"]
+    other.hlt()
+    g.cpu.kick()
+    thread.join(5)
+    assert not thread.is_alive()
+    assert g.cpu.gpr(8) - g.get(0x20000) in (0, -1)
+    assert g.cpu.gpr(8) > 100

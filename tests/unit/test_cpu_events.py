@@ -43,7 +43,7 @@ def test_msr_passthrough_and_efer():
 
 
 def test_register_and_exception_intercepts():
-    g = Guest("start: mov rax,cr0\n mov cr3,rax\n mov rax,dr6\n mov dr7,rax\n ud2\n mov rax,[0x50008]\n int3\n hlt")
+    g = Guest("start: mov rax,cr0\n mov cr3,rax\n mov rax,dr6\n mov dr7,rax\n ud2\n mov rax,[0x50008]\n bp: int3\n hlt")
     g.cpu.set_register_intercepts(cr_read=1, cr_write=8, dr_read=0x40)
     g.cpu.set_exception_intercepts(1 << 6 | 1 << 14 | 1 << 3)
     g.cpu.cr2 = 0x77
@@ -52,6 +52,9 @@ def test_register_and_exception_intercepts():
         g.cpu.skip_instruction(length)
     assert svm(g) == (0x4E, 0)
     assert (g.cpu.exit.info2, g.cpu.cr2) == (0x50008, 0x77)
+    g.cpu.rip = g.sym["bp"]
+    assert svm(g) == (0x43, 0)
+    assert g.cpu.rip == g.sym["bp"]
 
 
 @pytest.mark.parametrize("mode", PROTECTED)
@@ -397,3 +400,12 @@ def test_no_tss_is_a_shutdown_not_an_abort(mode):
     g = Guest(f"start: {frame}\n {iret}\nuser: ud2", mode)
     g.cpu.set_segment(7, 0, 0, 0, 0)
     assert svm(g)[0] == 0x7F
+
+
+def test_skip_reports_an_intercepted_single_step():
+    g = Guest("start: cpuid\n hlt")
+    g.cpu.set_exception_intercepts(2)
+    g.cpu.rflags |= 0x100
+    assert svm(g)[0] == 0x72
+    assert g.cpu.skip_instruction(2) == EXIT_SVM
+    assert (g.cpu.exit.code, g.cpu.rip, g.cpu.dr(6) & 0x4000) == (0x41, CODE + 2, 0x4000)
