@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from kvmfs.kvm.host import RequestLike
     from kvmfs.kvm.kvm_main import Vcpu
 
-_REGS = struct.Struct("<18Q")
 _U32 = struct.Struct("<I")
 _CPUID_HEADER = struct.Struct("<II")         # nent, padding
 KVM_NR_INTERRUPTS = 256
@@ -30,12 +29,12 @@ _UNBLOCKABLE = 1 << 8 | 1 << 18
 
 def get_regs(vcpu: Vcpu, req: RequestLike) -> bytes:
     """KVM_GET_REGS: 16 general registers, rip, rflags."""
-    return bytes(regs.get_regs(vcpu))
+    return regs.get_regs(vcpu)
 
 
 def set_regs(vcpu: Vcpu, req: RequestLike) -> int:
     """KVM_SET_REGS."""
-    regs.set_regs(vcpu, _REGS.unpack(req.data))
+    regs.set_regs(vcpu, req.data)
     return 0
 
 

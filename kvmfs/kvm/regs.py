@@ -7,10 +7,11 @@ Linux: arch/x86/kvm/regs.c.  Writers return False where the guest's instruction 
 from __future__ import annotations
 
 import errno
+import struct
 from typing import TYPE_CHECKING
 
 from kvmfs.abi import x86 as X
-from kvmfs.abi.structs import KvmRegs, KvmSregs
+from kvmfs.abi.structs import KvmSregs
 from kvmfs.errors import KvmError
 from kvmfs.kvm import events, mmu
 from kvmfs.kvm.msrs import apic_base_valid
@@ -39,28 +40,35 @@ CR0_PDPTR_BITS = X.CR0_CD | X.CR0_NW | X.CR0_PG
 CR4_PDPTR_BITS = X.CR4_PGE | X.CR4_PSE | X.CR4_PAE | X.CR4_SMEP
 EFER_KNOWN = X.EFER_SCE | X.EFER_LME | X.EFER_LMA | X.EFER_NX | X.EFER_FFXSR
 
-# struct kvm_regs' order, as indices into the hardware's order (rax rcx rdx rbx rsp rbp rsi rdi r8..r15).
-_ORDER = (0, 3, 1, 2, 6, 7, 4, 5, 8, 9, 10, 11, 12, 13, 14, 15)
-_INVERSE = tuple(_ORDER.index(i) for i in range(16))
+_REGS = struct.Struct("<18Q")   # struct kvm_regs: rax rbx rcx rdx rsi rdi rsp rbp r8..r15 rip rflags
 
 
 # ---- general registers -----------------------------------------------------------------------------------
 
-def get_regs(vcpu: Vcpu) -> KvmRegs:
-    """KVM_GET_REGS (api.rst 4.11)."""
+def get_regs(vcpu: Vcpu) -> bytes:
+    """KVM_GET_REGS (api.rst 4.11): a struct kvm_regs."""
     cpu = vcpu.cpu
-    g = cpu.get_gprs()
-    return KvmRegs(*(g[i] for i in _ORDER), cpu.rip, cpu.rflags)
+    rax, rcx, rdx, rbx, rsp, rbp, rsi, rdi, *rest = cpu.get_gprs()
+    return _REGS.pack(rax, rbx, rcx, rdx, rsi, rdi, rsp, rbp, *rest, cpu.rip, cpu.rflags)
 
 
-def set_regs(vcpu: Vcpu, values: tuple[int, ...]) -> None:
-    """KVM_SET_REGS (api.rst 4.12); ``values`` in struct kvm_regs' order.  A pending exception is dropped."""
+def set_regs(vcpu: Vcpu, data: bytes | memoryview) -> None:
+    """KVM_SET_REGS (api.rst 4.12) from a struct kvm_regs.  A pending exception is dropped."""
     cpu = vcpu.cpu
-    cpu.set_gprs(tuple(values[i] for i in _INVERSE))
-    cpu.rip = values[16]
-    cpu.rflags = values[17] | X86_EFLAGS_FIXED
+    _note_rip(vcpu)
+    rax, rbx, rcx, rdx, rsi, rdi, rsp, rbp, *rest, rip, rflags = _REGS.unpack(data)
+    cpu.set_gprs((rax, rcx, rdx, rbx, rsp, rbp, rsi, rdi, *rest))
+    cpu.rip = rip
+    cpu.rflags = rflags | X86_EFLAGS_FIXED
     vcpu.arch.exception.pending = False
     vcpu.arch.event_request = vcpu.arch.entry_check = True
+
+
+def _note_rip(vcpu: Vcpu) -> None:
+    """The client is about to change registers: note where an I/O instruction waits to be completed."""
+    arch = vcpu.arch
+    if arch.complete_userspace_io is not None and arch.pio_linear_rip is None:
+        arch.pio_linear_rip = linear_rip(vcpu)
 
 
 def linear_rip(vcpu: Vcpu) -> int:
@@ -249,6 +257,7 @@ def set_sregs(vcpu: Vcpu, sregs: KvmSregs) -> None:
     if not is_valid_sregs(vcpu, sregs) or not set_apic_base(vcpu, sregs.apic_base):
         raise KvmError(errno.EINVAL)
     cpu, vendor = vcpu.cpu, vcpu.vm.vendor
+    _note_rip(vcpu)
     old_cr4 = cpu.cr4
     cpu.idt = (sregs.idt.base, sregs.idt.limit)
     cpu.gdt = (sregs.gdt.base, sregs.gdt.limit)

@@ -89,7 +89,7 @@ class VcpuArch:
         self.apic_base = APIC_BASE_RESET
         self.cr8_before = 0                 # to see the guest lower it
         self.complete_userspace_io: Callable[[Vcpu], int] | None = None
-        self.pio_linear_rip = 0
+        self.pio_linear_rip: int | None = None  # where the guest was, once the client changes registers
         self.ran = False                    # has been in the guest: CPUID is fixed
         self.last_vmentry_cpu = 0xFFFFFFFF
         self.cpuid: CpuidTable = CpuidTable()
@@ -187,9 +187,12 @@ def _run(vcpu: Vcpu, req: RequestLike) -> int:
     complete = arch.complete_userspace_io
     if complete is not None:
         arch.complete_userspace_io = None
-        result = complete(vcpu)
-        if result <= 0:
-            return result
+        # Entering the guest completes an OUT, too: only who does not go there needs a call of its own.
+        if complete is not _complete_io_out or arch.pio_linear_rip is not None or not wants_to_run:
+            result = complete(vcpu)
+            arch.pio_linear_rip = None
+            if result <= 0:
+                return result
     if not wants_to_run:
         return -errno.EINTR
     arch.ran = True
@@ -314,7 +317,6 @@ def _exit_io_in(vcpu: Vcpu) -> int:
     e, run, arch = vcpu.cpu.exit, vcpu.run, vcpu.arch
     _set_reason(run, _EXIT_REASON, kx.KVM_EXIT_IO)
     _set_io(run, _UNION, kx.KVM_EXIT_IO_IN, e.size, e.port, e.count, PIO_DATA)
-    arch.pio_linear_rip = linear_rip(vcpu)
     arch.complete_userspace_io = _complete_io_in
     return 0
 
@@ -322,8 +324,7 @@ def _exit_io_in(vcpu: Vcpu) -> int:
 def _complete_io_in(vcpu: Vcpu) -> int:
     cpu = vcpu.cpu
     e = cpu.exit
-    if linear_rip(vcpu) != vcpu.arch.pio_linear_rip:
-        cpu.forget_io()                         # the client has moved the guest elsewhere
+    if _moved(vcpu):
         return 1
     return _further(vcpu, cpu.complete_io_in(vcpu.run[PIO_DATA:PIO_DATA + e.size * e.count]))
 
@@ -335,16 +336,21 @@ def _exit_io_out(vcpu: Vcpu) -> int:
     run[PIO_DATA:PIO_DATA + size] = cpu.data[:size]
     _set_reason(run, _EXIT_REASON, kx.KVM_EXIT_IO)
     _set_io(run, _UNION, kx.KVM_EXIT_IO_OUT, e.size, e.port, e.count, PIO_DATA)
-    arch.pio_linear_rip = linear_rip(vcpu)
     arch.complete_userspace_io = _complete_io_out
     return 0
 
 
 def _complete_io_out(vcpu: Vcpu) -> int:
-    if linear_rip(vcpu) != vcpu.arch.pio_linear_rip:
-        vcpu.cpu.forget_io()
-        return 1
-    return _further(vcpu, vcpu.cpu.complete_io_out())
+    return 1 if _moved(vcpu) else _further(vcpu, vcpu.cpu.complete_io_out())
+
+
+def _moved(vcpu: Vcpu) -> bool:
+    """Has the client moved the guest away from its IN or OUT?  Then that is not stepped over."""
+    before, vcpu.arch.pio_linear_rip = vcpu.arch.pio_linear_rip, None
+    if before is None or before == linear_rip(vcpu):
+        return False
+    vcpu.cpu.forget_io()
+    return True
 
 
 def _exit_mmio_read(vcpu: Vcpu) -> int:
