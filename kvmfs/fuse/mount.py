@@ -103,8 +103,8 @@ def mount_path(
 
     uid, gid  the owner in the kernel's eyes (mapped in the user namespace; default: the caller's effective
               ids).
-    OSError: EPERM without CAP_SYS_ADMIN over the mount namespace, EINVAL, ENOENT, ENOTDIR, ENOTCONN (stale
-    mount), …
+    A dead mount that is there already is no error, it is mounted over: clear_stale first.
+    OSError: EPERM without CAP_SYS_ADMIN over the mount namespace, EINVAL, ENOENT, ENOTDIR, …
     """
     options = (
         f"fd={fd},rootmode=40000,user_id={os.geteuid() if uid is None else uid},"

@@ -40,7 +40,6 @@ OPEN_OUT: Final = struct.Struct("<QIi")
 
 # --- INIT flags; those of flags2 are numbered from 32 in the header -----------------------------------------
 FUSE_AUTO_INVAL_DATA: Final = 1 << 12
-FUSE_MAX_PAGES: Final = 1 << 22
 FUSE_INIT_EXT: Final = 1 << 30
 FUSE2_PASSTHROUGH: Final = 1 << (37 - 32)
 
