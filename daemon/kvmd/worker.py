@@ -84,10 +84,11 @@ class Worker:
         try:
             self.channel.run(self.operations)
         finally:
-            try:
-                self.vm.destroy()
-            except Exception:
-                log.exception("the VM did not end in order")
+            if self._open_files == 0:   # otherwise a vCPU may be in its guest: the exit ends both
+                try:
+                    self.vm.destroy()
+                except Exception:
+                    log.exception("the VM did not end in order")
             # The other threads are in the kernel or in the guest; nothing of them is left to be done.
             os._exit(0)
 

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -32,47 +31,38 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 # ---- what there is ------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Census:
-    """What kvmfs has in this machine, by name; two are equal when nothing was left behind."""
-
-    processes: list[str] = field(default_factory=list)
-    mounts: list[str] = field(default_factory=list)
-    memfds: int = 0
-    directories: list[str] = field(default_factory=list)
-
-    @classmethod
-    def take(cls) -> Census:
-        found = cls()
-        for pid in filter(str.isdigit, os.listdir("/proc")):
-            try:
-                name = Path(f"/proc/{pid}/comm").read_text().strip()
-                state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-                # A zombie whose parent is not ours to wait for is init's affair.
-                if name.startswith(("kvmd", "kvm-vm", "kvmfs")) and state != "Z":
-                    found.processes.append(f"{pid} {name}")
-                for fd in os.listdir(f"/proc/{pid}/fd"):
-                    target = os.readlink(f"/proc/{pid}/fd/{fd}")
-                    found.memfds += target.startswith(("/memfd:kvm", "/memfd:kvmfs"))
-            except OSError:
-                continue
-        found.mounts = [line for line in Path("/proc/self/mountinfo").read_text().splitlines() if "kvmfs" in line]
-        found.directories = sorted(str(path) for path in Path("/tmp").glob("kvmfs-*"))
-        return found
+def census() -> set[str]:
+    """Every process, memfd, mount and directory of kvmfs in this machine, by name."""
+    found = set()
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            name = Path(f"/proc/{pid}/comm").read_text().strip()
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+            # A zombie whose parent is not ours to wait for is init's affair.
+            if name.startswith(("kvmd", "kvm-vm", "kvmfs")) and state != "Z":
+                found.add(f"process {pid} {name}")
+            for fd in os.listdir(f"/proc/{pid}/fd"):
+                target = os.readlink(f"/proc/{pid}/fd/{fd}")
+                if target.startswith(("/memfd:kvm", "/memfd:kvmfs")):
+                    found.add(f"memfd {target} {os.stat(f'/proc/{pid}/fd/{fd}').st_ino}")
+        except OSError:
+            continue
+    found |= {f"mount {line}" for line in Path("/proc/self/mountinfo").read_text().splitlines() if "kvmfs" in line}
+    return found | {f"directory {path}" for path in Path("/tmp").glob("kvmfs-*")}
 
 
-def settle(expected: Census, seconds: float = 5) -> None:
-    """Assert that everything is as in ``expected`` within ``seconds``."""
+def settle(before: set[str], seconds: float = 5) -> None:
+    """Assert that nothing is there, within ``seconds``, that was not there before."""
     deadline = time.monotonic() + seconds
-    while (now := Census.take()) != expected and time.monotonic() < deadline:
+    while (left := census() - before) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert now == expected
+    assert not left
 
 
 @pytest.fixture
 def nothing_left() -> Iterator[None]:
     """The test leaves no process, mount, memfd or directory."""
-    before = Census.take()
+    before = census()
     yield
     settle(before)
 
@@ -147,7 +137,7 @@ class Kvmd:
 @pytest.fixture
 def start_kvmd(tmp_path: Path) -> Iterator[Callable[..., Kvmd]]:
     """A function that starts a daemon with the given options; all are ended after the test, and nothing is left."""
-    before = Census.take()
+    before = census()
     started: list[Kvmd] = []
 
     def start(*options: str, name: str = "dev") -> Kvmd:
