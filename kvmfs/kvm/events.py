@@ -170,15 +170,14 @@ def check_and_inject_events(vcpu: Vcpu) -> None:
         _give_exception(vcpu)
         ex.pending, ex.injected = False, True
         can_inject = False
-    if arch.nmi_pending:
-        if can_inject and not cpu.nmi_masked and not cpu.interrupt_shadow:
+    if arch.nmi_pending and can_inject:
+        cpu.inject_nmi()
+        if cpu.nmi_masked or cpu.interrupt_shadow:
+            arch.nmi_window = True          # pending still; the CPU takes it when the guest's IRET lets it
+        else:
             arch.nmi_pending -= 1
             arch.nmi_injected = True
-            cpu.inject_nmi()
-            can_inject = False
-        if arch.nmi_pending:
-            arch.event_request = True      # looked at again at every entry until it could be given
-    arch.given = ex.injected or arch.nmi_injected or arch.interrupt.injected
+    arch.given = ex.injected or arch.nmi_injected or arch.interrupt.injected or arch.nmi_window
 
 
 def _give_interrupt(vcpu: Vcpu) -> None:
@@ -193,10 +192,17 @@ def _give_interrupt(vcpu: Vcpu) -> None:
 def complete_events(vcpu: Vcpu) -> None:
     """``svm_complete_interrupts``: what was delivered is done; what was not is given again next time."""
     arch = vcpu.arch
-    if not vcpu.cpu.pending_injection():
-        arch.exception.injected = arch.nmi_injected = arch.interrupt.injected = arch.given = False
-    else:
+    left = {injection.kind for injection in vcpu.cpu.pending_injection()}
+    arch.exception.injected = arch.exception.injected and "exception" in left
+    arch.nmi_injected = arch.nmi_injected and "nmi" in left
+    arch.interrupt.injected = arch.interrupt.injected and not left.isdisjoint(("interrupt", "exception"))
+    if arch.nmi_window:
+        arch.nmi_window = False
+        arch.nmi_pending -= "nmi" not in left
+    arch.given = False
+    if left:
         vcpu.cpu.cancel_injection()
+    if left or arch.nmi_pending:
         arch.event_request = True
 
 

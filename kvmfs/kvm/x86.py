@@ -80,6 +80,7 @@ class VcpuArch:
         self.exception = events.QueuedException()
         self.interrupt = events.QueuedInterrupt()
         self.nmi_injected = False
+        self.nmi_window = False             # the CPU holds a pending NMI until the guest can take it
         self.nmi_pending = self.nmi_queued = 0
         self.triple_fault = False
         self.given = False                  # an event was given to the CPU for the entry under way
@@ -124,7 +125,7 @@ def vcpu_reset(vcpu: Vcpu, *, init_event: bool) -> None:
     cpu, arch = vcpu.cpu, vcpu.arch
     old_cr0 = cpu.cr0
     arch.nmi_queued = arch.nmi_pending = 0
-    arch.nmi_injected = arch.interrupt.injected = arch.given = False
+    arch.nmi_injected = arch.nmi_window = arch.interrupt.injected = arch.given = False
     arch.exception.clear()
     arch.event_request = arch.entry_check = True
     cpu.cancel_injection()
