@@ -11,9 +11,16 @@ static void usable_tss(Engine *e) {
     tr->limit = 0;
 }
 
+// CMPXCHG8B and CMPXCHG16B start from a cc_op that the translator has not stored, and can leave anything in CC_SRC: only
+// the arithmetic flags may come out of it when EFLAGS is folded.
+static void mask_flags(Engine *e) {
+    if (F(u32, CC_OP) == 1) F(u64, CC_SRC) &= 0x8d5;
+}
+
 static void deliver(Vcpu *v, int vector, int soft) {
     Engine *e = v->e;
     usable_tss(e);
+    mask_flags(e);
     v->delivering = vector;
     v->delivering_soft = soft;
     e->do_interrupt(e->cpu); // a nested fault jumps into cpu_exec and comes back through h_intr
@@ -97,6 +104,7 @@ static void h_syscall(void *uc, void *user) {
         int n = UC(int, UC_NESTED_LEVEL);
         siglongjmp(*(sigjmp_buf *)(e->uc + UC_JMP_BUFS + UC_JMP_BUF_SIZE * (n - 1)), 1);
     }
+    mask_flags(e);
     p_reg_read(uc, 25, &fl); // UC_X86_REG_EFLAGS
     u32 sel = (star >> 32) & 0xfffc, hf = F(u32, HFLAGS);
     Seg *s = &F(Seg, SEGS);
@@ -248,6 +256,7 @@ static bool our_exec_interrupt(void *cs, int request) {
         deliver(v, vector, v->exc_soft);
         return true;
     }
+    mask_flags(e);
     u32 before = F(u32, C_IRQ);
     bool done = e->exec_interrupt(cs, request); // may jump out: exit 0x64, or a fault in the delivery
     if ((before & IRQ_VIRQ) && !(F(u32, C_IRQ) & IRQ_VIRQ)) {

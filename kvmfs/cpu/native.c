@@ -68,6 +68,12 @@ static void our_exec_enter(void *cs) {
     if (atomic_load(&v->kick) || atomic_load(&v->yield)) p_emu_stop(e->uc);
 }
 
+static void our_exec_exit(void *cs) {
+    Engine *e = engine_of(cs);
+    mask_flags(e);
+    e->exec_exit(cs);
+}
+
 static void stop(Vcpu *v, atomic_int *why) {
     atomic_store(why, 1);
     lock(v);

@@ -97,7 +97,7 @@ typedef struct Engine {
     char *uc, *env, *cpu, *cc;
     void (*do_interrupt)(void *);
     bool (*tlb_fill)(void *, u64, int, int, int, bool, u64);
-    void (*exec_enter)(void *);
+    void (*exec_enter)(void *), (*exec_exit)(void *);
     bool (*exec_interrupt)(void *, int);
     u64 (*phys_debug)(void *, u64, u32 *);
     void *(*memory_mapping)(void *, u64);

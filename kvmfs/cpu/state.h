@@ -83,6 +83,7 @@ int nv_engine_new(const char *path, char *uc, const int *insns, Engine **out) {
     e->do_interrupt = *(void (**)(void *))(e->cc + K_DO_INTERRUPT);
     e->tlb_fill = *(bool (**)(void *, u64, int, int, int, bool, u64))(e->cc + K_TLB_FILL);
     e->exec_enter = *(void (**)(void *))(e->cc + K_EXEC_ENTER);
+    e->exec_exit = *(void (**)(void *))(e->cc + K_EXEC_EXIT);
     e->exec_interrupt = *(bool (**)(void *, int))(e->cc + K_EXEC_INTERRUPT);
     e->phys_debug = *(u64 (**)(void *, u64, u32 *))(e->cc + K_PHYS_DEBUG);
     e->memory_mapping = UC(void *, UC_MEMORY_MAPPING);
@@ -105,6 +106,7 @@ int nv_engine_new(const char *path, char *uc, const int *insns, Engine **out) {
     renew_hooks(e);
     install_tlb(e);
     *(void **)(e->cc + K_EXEC_ENTER) = (void *)our_exec_enter;
+    *(void **)(e->cc + K_EXEC_EXIT) = (void *)our_exec_exit;
     *(void **)(e->cc + K_EXEC_INTERRUPT) = (void *)our_exec_interrupt;
     *out = e;
     return 0;

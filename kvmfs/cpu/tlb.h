@@ -79,10 +79,10 @@ static void *our_memory_mapping(void *uc, u64 pa) {
         v->allow = 0;
         return e->dummy;
     }
-    u64 n = UC(int, UC_SIZE_RECUR) ? UC(int, UC_SIZE_RECUR) : 1;
+    u64 n = UC(int, UC_SIZE_RECUR); // 0, or the size of the aligned pieces that an access is split into
     for (int i = 0; i < v->nknown; i++) {
         Known *k = &v->known[i];
-        if (pa < k->gpa + k->size && k->gpa < pa + n) {
+        if (n ? pa < k->gpa + k->size && k->gpa < pa + n : pa == k->gpa) {
             v->used = 1;
             p_emu_stop(uc);
             return e->dummy;
