@@ -65,6 +65,7 @@ class Broker:
         self.number, self.process = number, process
         self.pid = 0
         self.mount = -1         # the VM's detached mount
+        self.device = 0         # its device number
         self._pidfd = -1
         self._requests, worker_requests = Link.pair()
         self._control, worker_control = Link.pair()
@@ -146,6 +147,34 @@ class Broker:
                 if not self._ending:
                     log.debug("VM %d: %s not delivered: %s", self.number, op, error)
             return None
+
+    def relay(self, tid: int, inode: int, cmd: int, arg: int) -> tuple[int, int]:
+        """Have the worker carry out an ioctl for a client that is held elsewhere.
+
+        Returns its result (or -errno) and the file that the client is to get as its result (-1: none).
+        """
+        with self._control_lock:
+            try:
+                self._control.send("ioctl", tid=tid, inode=inode, cmd=cmd, arg=arg)
+                while True:
+                    message = self._control.receive(PATIENCE)
+                    if message is None:
+                        return -errno.EIO, -1
+                    with message:
+                        if message.expect("file", "answer").op == "answer":
+                            result = message.integer("result", -4095, MAX_TID)
+                            name = message.text("name", FILE_NAME) if result >= 0 and message.body.get("name") else ""
+                            break
+                        backing = self._register_backing(message) if message.fds else 0
+                    self._control.send("backing", backing=backing)
+            except TimeoutError:
+                self._overdue()
+                return -errno.EIO, -1
+            except LinkError as error:
+                log.error("VM %d: worker %d breaks the protocol, it is killed: %s", self.number, self.pid, error)
+                self.kill()
+                return -errno.EIO, -1
+        return result, self.open_file(name) if name else -1
 
     def _overdue(self) -> None:
         log.error("VM %d: worker %d does not answer within %g s; it is killed", self.number, self.pid, PATIENCE)

@@ -47,6 +47,32 @@ class Segment:
     writable: bool
 
 
+class RelayedRequest:
+    """An ioctl that the daemon passes on for a client that is held elsewhere (seccomp notification)."""
+
+    data = memoryview(b"")
+    interrupted = False
+
+    def __init__(self, control: Link, message: Message) -> None:
+        self.tid, self.nodeid = message.integer("tid"), message.integer("inode")
+        self.cmd, self.arg = message.integer("cmd"), message.integer("arg")
+        self.result, self.name = 0, ""
+        self._control = control
+
+    def reply(self, result: int, data: bytes | bytearray | memoryview = b"") -> None:
+        """Keep the result for the daemon; these ioctls return no data."""
+        self.result = result
+
+    def register(self, name: str, fds: list[int]) -> int:
+        """Announce the file that the client is to get; returns its backing id (0: none)."""
+        self._control.send("file", fds)
+        message = self._control.receive()
+        if message is None:
+            os._exit(0)
+        self.name = name
+        return message.expect("backing").integer("backing", 0, (1 << 31) - 1)
+
+
 class WorkerHost:
     """``kvmfs.kvm.host.Host`` over the link to the daemon.
 
@@ -102,18 +128,24 @@ class WorkerHost:
         fds = [kvm_run, self._fuse] if kvm_run is not None and self.passthrough else []
         size = 0 if kvm_run is None else os.fstat(kvm_run).st_size
         answered = False
+
+        def add(backing: int) -> None:
+            page = None
+            if kvm_run is not None and backing:
+                channel.set_backing(inode, backing)
+            elif kvm_run is not None:
+                page = bytearray(size)
+                self._copies(inode)
+            operations.add_node(inode, name, mode=VM_FILE_MODE, uid=self.uid, gid=self.gid, size=size, data=page)
+
+        if isinstance(req, RelayedRequest):
+            add(req.register(name, fds))
+            return 0
         with self._lock:
             try:
                 self._link.send("graft", fds, tid=req.tid, name=name)
                 with self._receive("seized") as seized:
-                    backing = seized.integer("backing", 0, (1 << 31) - 1)
-                page = None
-                if kvm_run is not None and backing:
-                    channel.set_backing(inode, backing)
-                elif kvm_run is not None:
-                    page = bytearray(size)
-                    self._copies(inode)
-                operations.add_node(inode, name, mode=VM_FILE_MODE, uid=self.uid, gid=self.gid, size=size, data=page)
+                    add(seized.integer("backing", 0, (1 << 31) - 1))
                 req.reply(0)
                 answered = True
                 with self._receive("done") as done:

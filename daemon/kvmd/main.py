@@ -12,7 +12,8 @@ import click
 
 from kvmd import worker
 from kvmd.init import InitError, Module, kvm_init, shutdown
-from kvmd.link import LinkError
+from kvmd.link import Link, LinkError
+from kvmd.notified import NotifyServer
 from kvmd.options import Options
 from kvmd.zygote import Zygote
 from kvmfs.fuse import mount
@@ -45,6 +46,8 @@ def serve(options: Options) -> int:
             threading.Thread(target=_watch_zygote, args=(module,), name="zygote-watch", daemon=True).start()
             log.info("%s is ready: %s, %s", node.path, module.facts["vendor"],
                      "passthrough" if module.facts["passthrough"] else "kvm_run is copied")
+            if options.listeners_fd is not None and module.vms is not None:
+                NotifyServer(Link.from_fd(options.listeners_fd), node, module.vms)
             _tell_ready(options)
             node.serve()
         finally:

@@ -36,6 +36,18 @@ STATE = "state"         # JSON: what `kvmfs version` shows
 MAX_IDLE = 2
 
 
+def device_at(mountpoint: str) -> int:
+    """The device number of the file system that is mounted there, without asking it."""
+    device = 0
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as file:
+        for line in file:
+            fields = line.split()
+            if fields[4].encode().decode("unicode_escape") == mountpoint:
+                major, _, minor = fields[2].partition(":")
+                device = os.makedev(int(major), int(minor))     # the last one is on top
+    return device
+
+
 class Node:
     """Mounted from construction to :meth:`unregister`; :meth:`serve` runs the main loop."""
 
@@ -53,7 +65,7 @@ class Node:
         self._operations.add_node(STATE_INODE, STATE, mode=0o444, uid=uid, gid=gid)
         self._operations.add_node(NODE_INODE, NODE, mode=options.mode, uid=uid, gid=gid, size=0, data=None)
         kvm = Kvm(ops, self._memory_of)
-        dispatcher = SystemDispatcher(kvm, create_vm=vms.create)
+        self.dispatcher = SystemDispatcher(kvm, create_vm=vms.create)
         fuse = mount.open_dev_fuse()
         try:
             mount.mount_path(fuse, self.mountpoint)
@@ -61,9 +73,10 @@ class Node:
             os.close(fuse)
             raise
         self._mounted = True
+        self.device = device_at(self.mountpoint)
         self._mount_lock = threading.Lock()
         try:
-            self._channel = Channel(fuse, dispatcher.ioctl, max_idle=MAX_IDLE)
+            self._channel = Channel(fuse, self.dispatcher.ioctl, max_idle=MAX_IDLE)
             vms.may_block = self._channel.may_block
         except BaseException:
             self.unregister()

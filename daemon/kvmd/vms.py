@@ -10,7 +10,7 @@ import os
 import struct
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from kvmd import sandbox
 from kvmd.broker import PATIENCE, Broker
@@ -29,18 +29,27 @@ if TYPE_CHECKING:
 log = logging.getLogger("kvmd.vms")
 
 AT_EMPTY_PATH, AT_STATX_DONT_SYNC = 0x1000, 0x4000
-_STATX_DEVICE = struct.Struct("<II")
-_STATX_DEVICE_AT, _STATX_SIZE = 136, 256
+_STATX_INODE, _STATX_INODE_AT = struct.Struct("<Q"), 32
+_STATX_DEVICE, _STATX_DEVICE_AT = struct.Struct("<II"), 136
+_STATX_SIZE = 256
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def device_of(mount: int) -> int:
-    """The device number of a mount whose server may not run yet (nothing is asked of it)."""
+def identity_of(fd: int) -> tuple[int, int]:
+    """Device and inode of a descriptor.  Nothing is asked of a server, which may not run yet, or be this process."""
     buffer = ctypes.create_string_buffer(_STATX_SIZE)
-    if _libc.statx(mount, b"", AT_EMPTY_PATH | AT_STATX_DONT_SYNC, 0, buffer) < 0:
+    if _libc.statx(fd, b"", AT_EMPTY_PATH | AT_STATX_DONT_SYNC, 0, buffer) < 0:
         code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code), "statx of a VM's mount")
-    return os.makedev(*_STATX_DEVICE.unpack_from(buffer, _STATX_DEVICE_AT))
+        raise OSError(code, os.strerror(code), "statx")
+    inode, = _STATX_INODE.unpack_from(buffer, _STATX_INODE_AT)
+    return os.makedev(*_STATX_DEVICE.unpack_from(buffer, _STATX_DEVICE_AT)), inode
+
+
+@runtime_checkable
+class Receiver(Protocol):
+    """A request that takes a descriptor by itself: the client need not be stopped for it."""
+
+    def give(self, file: int) -> None: ...
 
 
 class Vms:
@@ -85,7 +94,10 @@ class Vms:
         tgid = process.tgid
         broker.start(self._closed)
         try:
-            self._hand_over(req, tgid, file, broker)
+            if isinstance(req, Receiver):
+                req.give(file)
+            else:
+                self._hand_over(req, tgid, file, broker)
         finally:
             os.close(file)
 
@@ -130,12 +142,13 @@ class Vms:
         try:
             fuse = open_dev_fuse()
             broker.mount = detached_mount(fuse, "kvmfs-vm")
+            broker.device, _ = identity_of(broker.mount)
             maps = os.open(process.proc("maps"), os.O_RDONLY | os.O_CLOEXEC)
             pid, pidfd = self._zygote.spawn(
                 broker.number, [fuse, requests.fileno(), control.fileno(), process.pidfd, process.mem_fd,
                                 process.task_fd, maps],
                 uid=sandbox.worker_uid(broker.number), tid=process.tid, tgid=process.tgid,
-                device=device_of(broker.mount), passthrough=int(self.passthrough), vendor=self._vendor,
+                device=broker.device, passthrough=int(self.passthrough), vendor=self._vendor,
                 owner_uid=os.geteuid(), owner_gid=os.getegid())
             broker.attach_worker(pid, pidfd)
         finally:
@@ -158,6 +171,10 @@ class Vms:
         """Those that live, in the order of their numbers."""
         with self._lock:
             return [self._brokers[number] for number in sorted(self._brokers)]
+
+    def by_device(self, device: int) -> Broker | None:
+        """The VM whose mount has this device number."""
+        return next((broker for broker in self.brokers() if broker.device == device), None)
 
     def tell(self, op: str, **fields: int) -> None:
         """Send an order to all workers and wait until they have followed it."""

@@ -17,7 +17,7 @@ import trio
 
 from kvmd import link as _link
 from kvmd import sandbox
-from kvmd.host import VM_FILE_MODE, WorkerHost
+from kvmd.host import VM_FILE_MODE, RelayedRequest, WorkerHost
 from kvmd.link import Link, LinkError, Message
 from kvmfs import vendor as vendors
 from kvmfs.api.dispatch import VmDispatcher
@@ -126,6 +126,20 @@ class Worker:
             log.debug("control link: %s", error)
         os._exit(0)                     # no daemon, no VM
 
+    def _relayed(self, message: Message) -> dict[str, Any]:
+        """An ioctl on behalf of a client that cannot be stopped."""
+        req = RelayedRequest(self._control, message)
+        try:
+            outcome = self.dispatcher.ioctl(req)
+            if isinstance(outcome, int):
+                req.result = outcome
+        except OSError as error:
+            return {"result": -(error.errno or 5)}
+        except Exception:
+            log.exception("ioctl %#x failed; the client gets EIO", req.cmd)
+            return {"result": -5}
+        return {"result": req.result, "name": req.name}
+
     def _obey(self, message: Message) -> dict[str, Any]:
         match message.op:
             case "suspend":
@@ -136,6 +150,8 @@ class Worker:
                 self._leave_cpu(message.integer("cpu", 0, 65535))
             case "stop":
                 self._stop()
+            case "ioctl":
+                return self._relayed(message)
             case "stat":
                 return {"vcpus": len(self.vm.vcpus), "files": self._open_files}
             case _:

@@ -28,9 +28,9 @@ MEMORY = 1 << 20
 class Guest:
     """One VM with one vCPU in real mode at address 0."""
 
-    def __init__(self, node: int, code: bytes) -> None:
+    def __init__(self, node: int, code: bytes, sharing: int = mmap.MAP_PRIVATE) -> None:
         self.vm = fcntl.ioctl(node, CREATE_VM, 0)
-        self.memory = mmap.mmap(-1, MEMORY, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self.memory = mmap.mmap(-1, MEMORY, flags=sharing | mmap.MAP_ANONYMOUS)
         self.memory[:len(code)] = code
         at = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
         fcntl.ioctl(self.vm, SET_MEMORY, struct.pack("<IIQQQ", 0, 0, 0, MEMORY, at))
@@ -66,8 +66,8 @@ def main() -> None:
     path, what, *arguments = sys.argv[1:]
     node = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     assert fcntl.ioctl(node, API_VERSION, 0) == 12
-    if what == "hello":
-        guest = Guest(node, HELLO)
+    if what in ("hello", "shared"):
+        guest = Guest(node, HELLO, mmap.MAP_SHARED if what == "shared" else mmap.MAP_PRIVATE)
         print(guest.play(), os.readlink(f"/proc/self/fd/{guest.vm}"), os.readlink(f"/proc/self/fd/{guest.vcpu}"))
     elif what == "many":                        # one after the other
         for _ in range(int(arguments[0])):

@@ -238,6 +238,14 @@ def test_run(nothing_left, vendor):
     assert (done.returncode, done.stdout, done.stderr) == (0, HELLO, "")
 
 
+@pytest.mark.parametrize("passthrough", ["auto", "off"])
+def test_run_with_a_traced_client(nothing_left, passthrough):
+    """Descriptors come by seccomp notification; guest memory must be shared already, as nobody can inject an mmap."""
+    done = kvmfs_run("strace", "-f", "-e", "trace=ioctl", *CLIENT, "/dev/kvm", "shared", options=["--passthrough", passthrough])
+    assert (done.returncode, done.stdout) == (0, HELLO), done.stderr
+    assert "KVM_RUN, 0) = 0" in done.stderr
+
+
 def test_run_as_an_ordinary_user(nothing_left, vendor):
     done = kvmfs_run(*CLIENT, "/dev/kvm", "hello", options=["--vendor", vendor], wrapper=ordinary_user())
     assert (done.returncode, done.stdout) == (0, HELLO), done.stderr

@@ -29,10 +29,12 @@ class PrivateDaemon:
     """A kvmd of this run's own, on a temporary directory of this namespace."""
 
     def __init__(self, *, vendor: str, passthrough: str, log_level: str) -> None:
+        from kvmd.link import Link
         from kvmd.main import serve, set_up_log
         from kvmd.options import Options
 
         self._directory = tempfile.mkdtemp(prefix="kvmfs-")
+        theirs, self.listeners = Link.pair()
         reader, writer = os.pipe2(os.O_CLOEXEC)
         parent = os.getpid()
         sys.stdout.flush()
@@ -48,13 +50,14 @@ class PrivateDaemon:
                 set_up_log(log_level)
                 # Only this namespace sees the node, so its mode may be open: the command may change its user.
                 status = serve(Options(self._directory, vendor=vendor, mode=0o666, passthrough=passthrough,
-                                       ready_fd=writer))
+                                       ready_fd=writer, listeners_fd=theirs.fileno()))
             except BaseException as error:
                 print(f"kvmfs run: the daemon failed: {error}", file=sys.stderr)
             finally:
                 sys.stderr.flush()
                 os._exit(status)
         os.close(writer)
+        theirs.close()
         with os.fdopen(reader, "rb") as file:
             ready = file.read() == b"ready\n"
         self.node = os.path.join(self._directory, "kvm")
@@ -98,19 +101,19 @@ def run(command: Sequence[str], *, node: str | None, vendor: str, passthrough: s
             namespace.place_node(node)
         except OSError as error:
             raise RunError(error.strerror or str(error)) from error
-        return _run_command(command)
+        return _run_command(command, daemon)
     finally:
         if daemon is not None:
             daemon.stop()
 
 
-def _run_command(command: Sequence[str]) -> int:
+def _run_command(command: Sequence[str], daemon: PrivateDaemon | None) -> int:
     waited = {*FORWARDED, signal.SIGCHLD}
     signal.signal(signal.SIGCHLD, lambda *_: None)          # an ignored one would never be pending
     old = signal.pthread_sigmask(signal.SIG_BLOCK, waited)
     pid = os.fork()
     if pid == 0:
-        _become(command, old)
+        _become(command, old, daemon)
     while True:
         done, status = os.waitpid(pid, os.WNOHANG)
         if done:
@@ -125,13 +128,26 @@ def _run_command(command: Sequence[str]) -> int:
                 pass
 
 
-def _become(command: Sequence[str], mask: set[int]) -> None:
+def _send_listener(daemon: PrivateDaemon) -> None:
+    """Descriptor-making ioctls of the command go to the daemon first, so that it can serve a traced program too."""
+    from kvmfs.client.notify import install_filter
+
+    try:
+        listener = install_filter()
+    except OSError:
+        return          # an outer `kvmfs run` has one already, or the kernel is too old: the daemon stops the client instead
+    daemon.listeners.send("listener", [listener])
+
+
+def _become(command: Sequence[str], mask: set[int], daemon: PrivateDaemon | None) -> None:
     status = EXIT_OURS
     try:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for number in (signal.SIGPIPE, signal.SIGINT, signal.SIGXFSZ):
             signal.signal(number, signal.SIG_DFL)           # Python's own settings are not the command's
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if daemon is not None:
+            _send_listener(daemon)
         os.execvp(command[0], list(command))
     except FileNotFoundError:
         print(f"kvmfs run: {command[0]}: no such command", file=sys.stderr)
