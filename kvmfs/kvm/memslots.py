@@ -8,6 +8,7 @@ client's EFAULT, as it is with hardware.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import mmap
@@ -164,19 +165,34 @@ class MemSlots:
             raise KvmError(errno.EINVAL)
 
     def _insert(self, slot: MemSlot) -> None:
-        assert slot.memory is not None
-        base = slot.memory.address
-        for at, size, writable in slot.memory.pieces:
-            self._mapped(slot.gpa + at, size, base + at, slot.readonly or not writable)
+        self._show(slot)
         self._slots[slot.id] = slot
         self._resort()
 
     def _remove(self, slot: MemSlot) -> None:
+        self._hide(slot)
+        del self._slots[slot.id]
+        self._resort()
+
+    def _show(self, slot: MemSlot) -> None:
+        assert slot.memory is not None
+        base = slot.memory.address
+        for at, size, writable in slot.memory.pieces:
+            self._mapped(slot.gpa + at, size, base + at, slot.readonly or not writable)
+
+    def _hide(self, slot: MemSlot) -> None:
         assert slot.memory is not None
         for at, size, _ in slot.memory.pieces:
             self._unmapped(slot.gpa + at, size)
-        del self._slots[slot.id]
-        self._resort()
+
+    @contextlib.contextmanager
+    def hidden(self, slot: MemSlot) -> Iterator[None]:
+        """The CPU does not see the slot's memory for a moment."""
+        self._hide(slot)
+        try:
+            yield
+        finally:
+            self._show(slot)
 
     def _resort(self) -> None:
         self._sorted = sorted(self._slots.values(), key=lambda s: s.gpa)

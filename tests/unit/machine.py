@@ -115,9 +115,9 @@ class Machine:
         return self.ioctl(VCPU_INODE, cmd, arg, data)
 
     def regs(self):
+        names = "rax rbx rcx rdx rsi rdi rsp rbp r8 r9 r10 r11 r12 r13 r14 r15 rip rflags"
         values = struct.unpack("<18Q", self.vcpu_ioctl(K.KVM_GET_REGS)[1])
-        return dict(zip("rax rbx rcx rdx rsi rdi rsp rbp r8 r9 r10 r11 r12 r13 r14 r15 rip rflags".split(),
-                        values, strict=True))
+        return dict(zip(names.split(), values, strict=True))
 
     def set_regs(self, **changes):
         values = self.regs() | {"rflags": 2} | changes

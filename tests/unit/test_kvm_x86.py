@@ -7,12 +7,12 @@ import threading
 import time
 
 import pytest
-from tests.unit.machine import CODE, Machine
 
 from kvmfs.abi import exits as kx
 from kvmfs.abi import ioctls as K
 from kvmfs.abi import msrs as M
 from kvmfs.kvm.kvm_main import VCPU_INODE, VM_INODE
+from tests.unit.machine import CODE, Machine
 
 BOTH = pytest.mark.parametrize("vendor", ["amd", "intel"])
 
