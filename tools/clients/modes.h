@@ -12,7 +12,16 @@ struct subtest {
 
 /* Each ends with an entry without a name. */
 extern const struct subtest basic_subtests[];	/* modes, HLT, SHUTDOWN, signals, memory slots */
-extern const struct subtest device_subtests[];	/* port and memory-mapped devices */
+extern const struct subtest port_subtests[];
+extern const struct subtest mmio_subtests[];
 extern const struct subtest event_subtests[];	/* exceptions, interrupts, NMI */
+
+/* Long mode with these registers, and rdx = 0x5000 (the port of INS and OUTS). */
+void begin_long(struct client *c, uint64_t rsi, uint64_t rdi, uint64_t rcx);
+/* Registers now, without running; rip as an offset from the guest's start. */
+void expect_string_regs(struct client *c, const char *when, uint64_t rsi, uint64_t rdi, uint64_t rcx);
+void expect_rip(struct client *c, const char *when, uint64_t offset);
+/* Runs to a REP INSB from port 0x5000 that asks for `count` bytes; gives it first, first + 1, ... */
+void give_bytes(struct client *c, unsigned int count, uint8_t first);
 
 #endif
