@@ -296,7 +296,14 @@ class Broker:
         if segments is not None:
             self._send_segments(segments)
             return
-        thread = Thread.seize(tid, tgid=self.process.tgid, timeout=PATIENCE)
+        try:
+            thread = Thread.seize(tid, tgid=self.process.tgid, timeout=PATIENCE)
+        except TracedError:
+            # Nobody else can make it map a file.  The worker can read and write its memory all the same.
+            log.info("VM %d: process %d is traced, so its guest memory is copied at each KVM_RUN, which is slow",
+                     self.number, self.process.tgid)
+            self._requests.send("mirror")
+            return
         try:
             self._requests.send("seized")
             thread.arrive()

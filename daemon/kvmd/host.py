@@ -18,6 +18,7 @@ from fcntl import ioctl
 from typing import TYPE_CHECKING
 
 from kvmd.link import Link, LinkError, Message
+from kvmfs.client.mirror import Mirror
 
 if TYPE_CHECKING:
     from kvmfs.client.memory import ClientMemory
@@ -96,6 +97,7 @@ class WorkerHost:
         self._pending: dict[int, tuple[bool, list[int]]] = {}
         self._answered: set[int] = set()
         self._views = KvmRunViews(maps, device)
+        self._mirrors: dict[tuple[int, int], Mirror] = {}
 
     def connect(self, channel: Channel, operations: NodeOperations, copies: Callable[[int], None]) -> None:
         """The channel and file system that serve the VM's files; ``copies`` is told of inodes without passthrough."""
@@ -166,7 +168,10 @@ class WorkerHost:
         early = False
         try:
             self._link.send("guest_memory", tid=req.tid, hva=hva, size=size)
-            message = self._receive("segments", "seized")
+            message = self._receive("segments", "seized", "mirror")
+            if message.op == "mirror":
+                self._pending[id(req)] = (False, [])
+                return [self._mirror(hva, size)]
             if message.op == "seized":
                 early = True
                 req.reply(0)
@@ -184,6 +189,27 @@ class WorkerHost:
         # The lock stays taken until finish(): so long the broker holds the client's thread and waits.
         self._pending[id(req)] = (early, fds)
         return segments
+
+    def _mirror(self, hva: int, size: int) -> Segment:
+        """The client is traced by another program: its memory cannot be shared, so it is copied to and fro."""
+        mirror = self._mirrors.get((hva, size))
+        if mirror is None:
+            mirror = self._mirrors[hva, size] = Mirror(self.memory, hva, size)
+        return Segment(hva, size, mirror.fd, 0, True)
+
+    @property
+    def mirrors_memory(self) -> bool:
+        """Is there guest memory that is copied at each KVM_RUN?"""
+        return bool(self._mirrors)
+
+    def mirror_in(self) -> list[tuple[int, int]]:
+        """Bring what the client has changed into mirrored guest memory; returns the changed (hva, size)."""
+        return [change for mirror in list(self._mirrors.values()) for change in mirror.copy_in()]
+
+    def mirror_out(self) -> None:
+        """Bring what the guest has changed into the client's memory."""
+        for mirror in list(self._mirrors.values()):
+            mirror.copy_out()
 
     def finish(self, req: RequestLike, result: int) -> None:
         """Give ``req`` its final result (a value or -errno), whether or not it was answered early."""

@@ -64,6 +64,7 @@ def _set_region(vm: Vm, req: RequestLike, slot: int, flags: int, gpa: int, size:
     if change.needs_memory:
         # Not while holding the engine: the client's threads are stopped for this, also those in KVM_RUN.
         memory = HostRange(hva, size, vm.host.guest_memory(req, hva, size))
+        vm.mirrored = vm.host.mirrors_memory
     try:
         slots.apply(change, memory)
     except BaseException:

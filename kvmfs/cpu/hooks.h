@@ -223,6 +223,8 @@ static bool h_mem(void *uc, int type, u64 gpa, int size, int64_t val, void *user
         } else if (recur && !(gpa & 0xfff) && v->cross_left) {
             x->size = v->cross_left;
         }
+        // A read that began in RAM comes as the whole aligned piece of this page; how much it wants is Python's to find.
+        x->info1 = recur && !(gpa & 0xfff) && !v->cross_left;
         leave(v, EXIT_MMIO_READ);
     }
     if (!v->replaying) leave(v, EXIT_MMIO_WRITE); // executed again at once

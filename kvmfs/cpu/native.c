@@ -98,7 +98,6 @@ static void start(Vcpu *v, int guest) {
 
 static int replay(Vcpu *v) {
     Engine *e = v->e;
-    u64 eip = S(u64, EIP);
     Insn in;
     decode(e, v->state, &in);
     v->movbe = in.movbe;
@@ -128,7 +127,6 @@ static int replay(Vcpu *v) {
     }
     v->nknown = 0;
     v->cross_left = 0;
-    if (in.rep && S(u64, EIP) == eip && !(REGS(v->state)[1] & addr_mask(&in))) set_eip(v->state, eip + in.len);
     return EXIT_NONE;
 }
 

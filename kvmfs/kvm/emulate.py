@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import struct
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import capstone
 from capstone import x86_const
@@ -62,18 +62,38 @@ def decode(vcpu: Vcpu, code: bytes) -> Opcode:
     return Opcode(at, rex, code[at:end], code[end] if end < len(code) else 0)
 
 
+def _disassemble(vcpu: Vcpu, code: bytes) -> capstone.CsInsn | None:
+    big = vcpu.cpu.segment(SEG_CS)[3] & 1 << 10
+    wide = regs.is_64_bit_mode(vcpu)
+    mode = capstone.CS_MODE_64 if wide else capstone.CS_MODE_32 if big else capstone.CS_MODE_16
+    disassembler = capstone.Cs(capstone.CS_ARCH_X86, mode)
+    disassembler.detail = True
+    return next(disassembler.disasm(code, vcpu.cpu.rip, 1), None)
+
+
+def _linear_address(vcpu: Vcpu, insn: capstone.CsInsn, operand: Any) -> int:
+    """The linear address of a memory operand."""
+    cpu, mem, wide = vcpu.cpu, operand.mem, regs.is_64_bit_mode(vcpu)
+    offset = mem.disp
+    for reg, scale in ((mem.base, 1), (mem.index, mem.scale)):
+        if reg:
+            offset += _register(vcpu, insn.reg_name(reg)) * scale
+            if insn.reg_name(reg) == "rip":
+                offset += insn.size
+    offset &= (1 << 8 * insn.addr_size) - 1
+    segment = SEG_SS if mem.base and insn.reg_name(mem.base) in _STACK_BASES else SEG_DS
+    if mem.segment:
+        segment = _SEGMENTS.index(insn.reg_name(mem.segment))
+    base = cpu.segment(segment)[1] if not wide or segment in (SEG_FS, SEG_GS) else 0
+    return int(base + offset) & ((1 << 64) - 1 if wide else (1 << 32) - 1)
+
+
 def read_operand16(vcpu: Vcpu, code: bytes) -> tuple[int, int] | None:
     """The value of the instruction's 16-bit operand (a register or memory) and the instruction's length.
 
     None when it cannot be decoded or its memory not read.
     """
-    cpu = vcpu.cpu
-    wide = regs.is_64_bit_mode(vcpu)
-    big = cpu.segment(SEG_CS)[3] & 1 << 10
-    mode = capstone.CS_MODE_64 if wide else capstone.CS_MODE_32 if big else capstone.CS_MODE_16
-    disassembler = capstone.Cs(capstone.CS_ARCH_X86, mode)
-    disassembler.detail = True
-    insn = next(disassembler.disasm(code, cpu.rip, 1), None)
+    insn = _disassemble(vcpu, code)
     if insn is None or not insn.operands:
         return None
     operand = insn.operands[0]
@@ -81,20 +101,26 @@ def read_operand16(vcpu: Vcpu, code: bytes) -> tuple[int, int] | None:
         return _register(vcpu, insn.reg_name(operand.reg)) & 0xFFFF, insn.size
     if operand.type != x86_const.X86_OP_MEM:
         return None
-    mem = operand.mem
-    offset = mem.disp
-    for reg, scale in ((mem.base, 1), (mem.index, mem.scale)):
-        if reg:
-            offset += _register(vcpu, insn.reg_name(reg)) * scale
-    offset &= (1 << 8 * insn.addr_size) - 1
-    segment = SEG_SS if insn.reg_name(mem.base or 0) in ("bp", "ebp", "sp", "esp") else SEG_DS
-    if mem.segment:
-        segment = ("es", "cs", "ss", "ds", "fs", "gs").index(insn.reg_name(mem.segment))
-    base = cpu.segment(segment)[1] if not wide or segment in (SEG_FS, SEG_GS) else 0
-    data = mmu.read_virtual(vcpu, (base + offset) & ((1 << 64) - 1 if wide else (1 << 32) - 1), 2)
+    data = mmu.read_virtual(vcpu, _linear_address(vcpu, insn, operand), 2)
     return (int.from_bytes(data, "little"), insn.size) if len(data) == 2 else None
 
 
+def bytes_beyond_page(vcpu: Vcpu, limit: int) -> int:
+    """How many bytes of the instruction's memory operand lie in the page behind the one that it begins in.
+
+    ``limit``: the most that it can be, and the answer when it cannot be found out.
+    """
+    insn = _disassemble(vcpu, fetch(vcpu))
+    for operand in insn.operands if insn is not None else ():
+        if operand.type == x86_const.X86_OP_MEM:
+            beyond = (_linear_address(vcpu, insn, operand) & 0xFFF) + operand.size - 0x1000
+            if 0 < beyond < limit:
+                return int(beyond)
+    return limit
+
+
+_SEGMENTS = ("es", "cs", "ss", "ds", "fs", "gs")
+_STACK_BASES = frozenset(("bp", "ebp", "rbp", "sp", "esp", "rsp"))
 _NAMES = ("ax", "cx", "dx", "bx", "sp", "bp", "si", "di")
 
 

@@ -76,6 +76,16 @@ class Host(Protocol):
         end with :meth:`finish`.
         """
 
+    @property
+    def mirrors_memory(self) -> bool:
+        """Is there guest memory that is copied at each KVM_RUN, because the client is traced?"""
+
+    def mirror_in(self) -> Sequence[tuple[int, int]]:
+        """Before a KVM_RUN: take over what the client has changed; the changed ranges as (hva, size)."""
+
+    def mirror_out(self) -> None:
+        """After a KVM_RUN: give the client what the guest has changed."""
+
     def finish(self, req: RequestLike, result: int) -> None:
         """Give ``req`` its final result (a value or -errno), whether or not it was answered early."""
 

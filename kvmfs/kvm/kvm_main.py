@@ -53,6 +53,7 @@ class Vm:
         self.max_vcpus = KVM_MAX_VCPUS
         self.arch = x86.VmArch()
         self.dead = False
+        self.mirrored = False       # guest memory is copied at each KVM_RUN (the client is traced)
 
     # Linux flushes the shadow pages when a slot changes and vCPUs fault them in again; here the engine
     # itself must stand still while its memory map changes.
@@ -61,6 +62,14 @@ class Vm:
 
     def _ram_unmapped(self, gpa: int, size: int) -> None:
         self.engine.unmap(gpa, size)
+
+    def mirror_in(self) -> None:
+        """Bring the client's changes into guest memory that cannot be shared with it."""
+        for hva, size in self.host.mirror_in():
+            for slot in self.memslots:
+                start, end = max(hva, slot.hva), min(hva + size, slot.hva + slot.size)
+                if start < end:
+                    self.engine.invalidate(slot.gpa + start - slot.hva, end - start)
 
     def create_vcpu(self, vcpu_id: int) -> Vcpu:
         """``kvm_vm_ioctl_create_vcpu`` up to the descriptor (api.rst 4.7).

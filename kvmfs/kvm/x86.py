@@ -26,7 +26,7 @@ from kvmfs.cpu.cpu import (
 from kvmfs.kvm import events
 from kvmfs.kvm.cpu_msrs import VcpuMsrs
 from kvmfs.kvm.cpuid import CpuidTable
-from kvmfs.kvm.emulate import prepare_emulation_failure
+from kvmfs.kvm.emulate import bytes_beyond_page, prepare_emulation_failure
 from kvmfs.kvm.msrs import MsrFile
 from kvmfs.kvm.regs import linear_rip
 from kvmfs.vendor.handle_exit import EXIT_HANDLERS
@@ -160,6 +160,9 @@ def ioctl_run(vcpu: Vcpu, req: RequestLike) -> int:
     host.may_block()
     if vcpu.copy_run:
         host.kvm_run_copy_in(vcpu.inode, run)
+    mirrored = vcpu.vm.mirrored
+    if mirrored:
+        vcpu.vm.mirror_in()
     vcpu.request = req
     run[14:16] = b"\0\0"                        # kvm_run.flags
     vendor = vcpu.vm.vendor
@@ -170,6 +173,8 @@ def ioctl_run(vcpu: Vcpu, req: RequestLike) -> int:
         _post_run_save(vcpu)
         vendor.vcpu_put(vcpu)
         vcpu.request = None
+        if mirrored:
+            host.mirror_out()
         if vcpu.copy_run:
             host.kvm_run_copy_out(vcpu.inode, run)
 
@@ -359,8 +364,9 @@ def _exit_mmio_read(vcpu: Vcpu) -> int:
     if vcpu.vm.memslots.find(e.gpa) is not None:
         vcpu.cpu.forget_io()
         return -errno.EFAULT                    # a slot whose memory the client has not mapped
+    size = bytes_beyond_page(vcpu, e.size) if e.info1 else e.size
     _set_reason(run, _EXIT_REASON, kx.KVM_EXIT_MMIO)
-    _set_mmio(run, _UNION, e.gpa, bytes(8), e.size, 0)
+    _set_mmio(run, _UNION, e.gpa, bytes(8), size, 0)
     arch.complete_userspace_io = _complete_mmio_read
     return 0
 

@@ -50,6 +50,8 @@ class FakeHost:
         os.ftruncate(self.fd, RAM)
         self.holes = holes
 
+    mirrors_memory = False
+
     def owns(self, tid):
         return tid < 100
 

@@ -77,7 +77,7 @@ def test_rep_outs(mode, size, suffix):
         assert bytes(cpu.data[:size]) == bytes(range(size * i, size * i + size))
         assert cpu.gpr(1) & 0xFFFF == 2 - i
         assert cpu.gpr(6) & 0xFFFF == 0x1000 + size * (i + 1)
-        assert cpu.rip == (begin if i < 2 else g.sym["end"] - base)
+        assert cpu.rip == begin      # also after the last one: Linux's emulator leaves that to the guest
     g.hlt()
 
 

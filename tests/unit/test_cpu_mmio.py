@@ -159,11 +159,11 @@ def test_string_instructions():
     assert g.cpu.gpr(2) == 2
 
 
-def test_rip_stays_at_rep_movs_while_elements_are_left():
+def test_rip_stays_at_rep_movs():
     g = Guest(f"start: mov esi,0x20000\n mov edi,{M}\n mov ecx,2\n at: rep movsb\n end: hlt")
-    for i, rip in enumerate((g.sym["at"], g.sym["end"])):
+    for i in range(2):          # also after the last element: Linux's emulator leaves that to the guest
         assert g.cpu.run() == EXIT_MMIO_WRITE
-        assert (g.cpu.rip, g.cpu.gpr(1), g.cpu.gpr(7)) == (rip, 1 - i, M + 1 + i)
+        assert (g.cpu.rip, g.cpu.gpr(1), g.cpu.gpr(7)) == (g.sym["at"], 1 - i, M + 1 + i)
 
 
 def test_crossing_pages_of_mmio():
