@@ -37,6 +37,7 @@ MEM_LOG_DIRTY_PAGES, MEM_READONLY = 1, 2
 _CR0_LONG = 0x80010031          # PG WP NE ET PE
 _CR4_PAE_OSFXSR = 0x220
 _EFER_LME_LMA = 0x500
+_CPUID_ROOM, _CPUID_ENTRY = 256, 40
 _PRESENT_WRITABLE, _LARGE = 3, 0x80
 
 
@@ -92,6 +93,12 @@ class SpecialRegisters(ctypes.Structure):
     cr3: int
     cr4: int
     efer: int
+
+
+class CpuidHead(ctypes.Structure):
+    """struct kvm_cpuid2 without its entries, 40 bytes each, which follow it."""
+
+    _fields_: ClassVar = [("nent", ctypes.c_uint32), ("padding", ctypes.c_uint32)]
 
 
 class MemoryRegion(ctypes.Structure):
@@ -153,7 +160,8 @@ def _number(nr: int, direction: int = 0, struct: type[ctypes.Structure | ctypes.
 
 IOCTLS = {
     "KVM_GET_API_VERSION": _number(0x00), "KVM_CREATE_VM": _number(0x01), "KVM_CHECK_EXTENSION": _number(0x03),
-    "KVM_GET_VCPU_MMAP_SIZE": _number(0x04), "KVM_CREATE_VCPU": _number(0x41),
+    "KVM_GET_VCPU_MMAP_SIZE": _number(0x04), "KVM_GET_SUPPORTED_CPUID": _number(0x05, 3, CpuidHead),
+    "KVM_CREATE_VCPU": _number(0x41), "KVM_SET_CPUID2": _number(0x90, 1, CpuidHead),
     "KVM_SET_USER_MEMORY_REGION": _number(0x46, 1, MemoryRegion), "KVM_SET_TSS_ADDR": _number(0x47),
     "KVM_RUN": _number(0x80), "KVM_GET_REGS": _number(0x81, 2, Registers), "KVM_SET_REGS": _number(0x82, 1, Registers),
     "KVM_GET_SREGS": _number(0x83, 2, SpecialRegisters), "KVM_SET_SREGS": _number(0x84, 1, SpecialRegisters),
@@ -189,20 +197,21 @@ class Descriptor:
         except OSError as error:
             raise OSError(error.errno, error.strerror, name) from None
 
-    def give(self, name: str, struct: ctypes.Structure | ctypes.c_uint32) -> None:
-        """Issue an ioctl that reads ``struct``."""
-        try:
-            fcntl.ioctl(self.fd, IOCTLS[name], bytearray(struct))
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, name) from None
-
-    def get(self, name: str, kind: type[_S]) -> _S:
-        """Issue an ioctl that fills a struct; returns it."""
-        buffer = bytearray(ctypes.sizeof(kind))
+    def exchange(self, name: str, buffer: bytearray) -> None:
+        """Issue an ioctl that reads or fills ``buffer``."""
         try:
             fcntl.ioctl(self.fd, IOCTLS[name], buffer)
         except OSError as error:
             raise OSError(error.errno, error.strerror, name) from None
+
+    def give(self, name: str, struct: ctypes.Structure | ctypes.c_uint32) -> None:
+        """Issue an ioctl that reads ``struct``."""
+        self.exchange(name, bytearray(struct))
+
+    def get(self, name: str, kind: type[_S]) -> _S:
+        """Issue an ioctl that fills a struct; returns it."""
+        buffer = bytearray(ctypes.sizeof(kind))
+        self.exchange(name, buffer)
         return kind.from_buffer(buffer)
 
 
@@ -219,9 +228,15 @@ class Kvm(Descriptor):
         """0: no such capability; otherwise 1 or what the capability's documentation says."""
         return self.call("KVM_CHECK_EXTENSION", capability)
 
+    def supported_cpuid(self) -> bytearray:
+        """Return a struct kvm_cpuid2 with all that guests may be shown."""
+        buffer = bytearray(CpuidHead(_CPUID_ROOM)) + bytearray(_CPUID_ENTRY * _CPUID_ROOM)
+        self.exchange("KVM_GET_SUPPORTED_CPUID", buffer)
+        return buffer[:_CPUID_ENTRY * CpuidHead.from_buffer_copy(buffer).nent + ctypes.sizeof(CpuidHead)]
+
     def create_vm(self) -> Vm:
         """Return a new VM without memory and vCPUs."""
-        vm = Vm(self.call("KVM_CREATE_VM"), run_size=self.call("KVM_GET_VCPU_MMAP_SIZE"))
+        vm = Vm(self.call("KVM_CREATE_VM"), run_size=self.call("KVM_GET_VCPU_MMAP_SIZE"), cpuid=self.supported_cpuid())
         # Intel needs three pages for real mode where no slot is; fcntl.ioctl takes no number from 2 GiB up.
         vm.call("KVM_SET_TSS_ADDR", 0x7FFBD000)
         return vm
@@ -230,9 +245,9 @@ class Kvm(Descriptor):
 class Vm(Descriptor):
     """A VM: memory slots and vCPUs."""
 
-    def __init__(self, fd: int, *, run_size: int) -> None:
+    def __init__(self, fd: int, *, run_size: int, cpuid: bytearray) -> None:
         super().__init__(fd)
-        self._run_size = run_size
+        self._run_size, self._cpuid = run_size, cpuid
         self._slots: dict[int, tuple[int, mmap.mmap]] = {}
 
     def add_memory(self, gpa: int, size: int, *, slot: int = 0, flags: int = 0) -> mmap.mmap:
@@ -266,8 +281,10 @@ class Vm(Descriptor):
         memory[at:at + len(data)] = data
 
     def create_vcpu(self, index: int = 0) -> Vcpu:
-        """Return vCPU ``index``, in the state after reset."""
-        return Vcpu(self, self.call("KVM_CREATE_VCPU", index), self._run_size)
+        """Return vCPU ``index``, in the state after reset, with all supported CPUID features (long mode is one)."""
+        vcpu = Vcpu(self, self.call("KVM_CREATE_VCPU", index), self._run_size)
+        vcpu.exchange("KVM_SET_CPUID2", self._cpuid)
+        return vcpu
 
 
 class Vcpu(Descriptor):
