@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 PYTHON := .venv/bin/python
-CFLAGS := -O2 -g -std=gnu11 -Wall -Wextra
-CLIENTS := $(patsubst tools/clients/%.c,build/%,$(wildcard tools/clients/*.c))
 
 .PHONY: all setup clients run test clean
 
@@ -11,14 +9,11 @@ all: setup clients
 setup:
 	@tools/setup.sh
 
-clients: $(CLIENTS)
-
-build/%: tools/clients/%.c $(wildcard tools/clients/*.h)
-	@mkdir -p $(@D)
-	$(CC) $(CFLAGS) -o $@ $<
+clients:
+	@$(MAKE) --no-print-directory -C tools/clients
 
 # A C client of ours on the fake node.
-run: setup build/hello
+run: setup clients
 	.venv/bin/kvmfs run -- build/hello
 
 test: setup clients
