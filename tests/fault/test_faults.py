@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Clients and workers killed in each phase: the others go on, and nothing is left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+VICTIM = [sys.executable, str(Path(__file__).with_name("victim.py"))]
+PHASES = ["open", "vm", "memory", "vcpu", "io", "mmio", "run", "three", "creating"]
+IN_A_ROW = int(os.environ.get("KVMFS_TEST_VMS", "200"))     # 1000 for the whole test
+KILLS = 10
+GROWTH = 8 << 20                                             # bytes that a daemon may grow by: allocator noise
+
+
+@contextlib.contextmanager
+def victim(node: str, phase: str) -> Iterator[subprocess.Popen[str]]:
+    """A client in that phase; killed at the end if it still lives."""
+    process = subprocess.Popen([*VICTIM, node, phase], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def family(pid: int) -> list[int]:
+    """A process and all its descendants."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [pid, *(member for child in children for member in family(int(child)))]
+
+
+def what_there_is(kvmd) -> dict[int, int]:
+    """The daemon's processes and how many descriptors (memfds among them) each has; start_kvmd counts the rest."""
+    return {pid: len(os.listdir(f"/proc/{pid}/fd")) for pid in family(kvmd.process.pid)}
+
+
+def assert_back(kvmd, before: dict[int, int], seconds: float = 5) -> None:
+    deadline = time.monotonic() + seconds
+    kvmd.wait_for_vms(0, seconds)
+    while (now := what_there_is(kvmd)) != before and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert now == before, kvmd.log
+
+
+def resident(pid: int) -> int:
+    """Bytes of a process's own memory."""
+    fields = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    return sum(int(line.split()[1]) for line in fields if line.startswith("Private_")) * 1024
+
+
+def some_exits(process: subprocess.Popen[str]) -> int:
+    """The next count that a counting client prints."""
+    assert process.stdout is not None
+    return int(process.stdout.readline())
+
+
+@pytest.fixture
+def warm(kvmd):
+    """A daemon that has had a VM, so that what it keeps for later is there."""
+    with victim(kvmd.node, "io"):
+        pass
+    kvmd.wait_for_vms(0)
+    return kvmd
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_client_is_killed(warm, phase):
+    before = what_there_is(warm)
+    with victim(warm.node, phase) as process:
+        if phase == "creating":
+            time.sleep(1)
+        process.kill()
+        process.wait()
+    assert_back(warm, before)
+    with victim(warm.node, "io"):
+        pass
+    assert_back(warm, before)
+
+
+def test_clients_are_killed_while_another_runs(warm):
+    before = what_there_is(warm)
+    with victim(warm.node, "count") as other:
+        last = some_exits(other)
+        for phase in PHASES:
+            with victim(warm.node, phase):
+                pass
+            now = some_exits(other)
+            assert now > last
+            last = now
+    assert_back(warm, before)
+
+
+def test_clients_are_killed_at_any_moment_of_creation(warm):
+    chance = random.Random(4)
+    before = what_there_is(warm)
+    for _ in range(KILLS):
+        with victim(warm.node, "creating") as process:
+            time.sleep(chance.uniform(0, 0.2))
+            process.kill()
+    assert_back(warm, before, 10)
+
+
+def test_a_worker_is_killed(warm):
+    before = what_there_is(warm)
+    with victim(warm.node, "count") as first:
+        some_exits(first)
+        worker, = warm.workers()
+        with victim(warm.node, "count") as second:
+            last = some_exits(second)
+            os.kill(worker, signal.SIGKILL)
+            output, _ = first.communicate(timeout=10)
+            end = output.splitlines()[-1]
+            assert end in {f"errno {number} from KVM_RUN" for number in (errno.ENODEV, errno.EIO, errno.ENOTCONN,
+                                                                         errno.ECONNABORTED)}
+            assert first.returncode == 0
+            assert some_exits(second) > last
+            with victim(warm.node, "io"):       # and new VMs can be made
+                pass
+    assert_back(warm, before)
+
+
+def test_all_workers_are_killed(warm):
+    before = what_there_is(warm)
+    with victim(warm.node, "three") as process:
+        warm.wait_for_vms(3)
+        for worker in warm.workers():
+            os.kill(worker, signal.SIGKILL)
+        warm.wait_for_vms(0)
+        assert process.poll() is None
+    assert_back(warm, before)
+
+
+@pytest.mark.timeout(900)
+def test_many_vms_in_a_row(warm):
+    def in_a_row(count: int) -> None:
+        done = subprocess.run([*VICTIM, warm.node, "many", str(count)], capture_output=True, text=True, check=False,
+                              timeout=850)
+        assert done.stdout == "ready\n", done.stderr + warm.log
+
+    in_a_row(20)
+    warm.wait_for_vms(0)
+    before, memory = what_there_is(warm), resident(warm.process.pid)
+    in_a_row(IN_A_ROW)
+    assert_back(warm, before)
+    assert resident(warm.process.pid) < memory + GROWTH

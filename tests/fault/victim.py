@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A client that is made to die, or whose VM is: ``victim.py NODE PHASE [N]``, with the sample client in Python.
+
+It prints ``ready`` when it is in the phase.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools" / "clients"))
+
+import kvm
+
+SPIN = bytes.fromhex("eb fe")
+COUNT = bytes.fromhex("66 b8 00 00 00 00  66 40  e6 10  eb fa")       # mov eax, 0; 1: inc eax; out 0x10, al; jmp 1b
+READ_DEVICE = bytes.fromhex("b8 00 a0  8e d8  a0 00 00  f4")          # mov al, [0xa0000]; hlt
+MEMORY = 0x90000
+
+
+def guest(vm: kvm.Vm, code: bytes) -> kvm.Vcpu:
+    vm.add_memory(0, MEMORY)
+    vm.write(0x8000, code)
+    vcpu = vm.create_vcpu()
+    vcpu.set_real_mode(start=0x8000, stack=0x8000)
+    return vcpu
+
+
+def ready() -> None:
+    print("ready", flush=True)
+
+
+def create_for_ever(node: kvm.Kvm) -> None:
+    while True:
+        with node.create_vm() as vm, guest(vm, COUNT) as vcpu:
+            assert vcpu.run() == kvm.EXIT_IO
+
+
+def in_run(node: kvm.Kvm) -> None:
+    """KVM_RUN of a guest that never ends, in another thread."""
+    vcpu = guest(node.create_vm(), SPIN)
+    threading.Thread(target=vcpu.run, daemon=True).start()
+    time.sleep(0.2)
+
+
+def count_for_ever(node: kvm.Kvm) -> None:
+    """Exits without end; a line for each hundred, and the errno when it is over."""
+    vcpu, exits = guest(node.create_vm(), COUNT), 0
+    try:
+        while vcpu.run() == kvm.EXIT_IO:
+            exits += 1
+            if exits % 100 == 0:
+                print(exits, flush=True)
+    except OSError as error:
+        print(f"errno {error.errno} from {error.filename}", flush=True)
+
+
+def main() -> None:
+    path, phase, *arguments = sys.argv[1:]
+    node = kvm.Kvm(path)
+    if phase == "count":
+        ready()
+        count_for_ever(node)
+        return
+    if phase == "many":
+        for _ in range(int(arguments[0])):
+            with node.create_vm() as vm, guest(vm, COUNT) as vcpu:
+                assert vcpu.run() == kvm.EXIT_IO
+        ready()
+        return
+    keep: list[object] = []
+    if phase == "vm":
+        keep.append(node.create_vm())
+    elif phase == "memory":
+        vm = node.create_vm()
+        vm.add_memory(0, MEMORY)
+        keep.append(vm)
+    elif phase == "vcpu":
+        keep.append(guest(node.create_vm(), COUNT))
+    elif phase == "io":                         # stopped at an exit that is not completed
+        vcpu = guest(node.create_vm(), COUNT)
+        assert vcpu.run() == kvm.EXIT_IO
+        keep.append(vcpu)
+    elif phase == "mmio":
+        vcpu = guest(node.create_vm(), READ_DEVICE)
+        assert vcpu.run() == kvm.EXIT_MMIO
+        keep.append(vcpu)
+    elif phase == "run":
+        in_run(node)
+    elif phase == "three":                      # three VMs, one of them running
+        keep += [node.create_vm(), guest(node.create_vm(), COUNT)]
+        in_run(node)
+    elif phase == "creating":
+        for _ in range(3):
+            threading.Thread(target=create_for_ever, args=[node], daemon=True).start()
+    else:
+        assert phase == "open", phase
+    ready()
+    time.sleep(100)
+
+
+main()
