@@ -44,12 +44,12 @@ def subtests() -> list[str]:
     return subprocess.run([program("modes"), "-l"], capture_output=True, text=True, check=True).stdout.split()
 
 
-def assert_all_ok(result: subprocess.CompletedProcess[str]) -> None:
-    """Every subtest of ``modes`` was ok, and the exit code says so too."""
+def assert_all_ok(result: subprocess.CompletedProcess[str], names: list[str] | None = None) -> None:
+    """Every subtest of ``modes`` (or those named) was ok, and the exit code says so too."""
     lines = result.stdout.splitlines()
     bad = [line for line in lines if not line.startswith("ok ")]
     assert not bad and result.returncode == 0, "\n".join([*bad, f"exit code {result.returncode}", result.stderr])
-    assert lines == [f"ok {name}" for name in subtests()]
+    assert lines == [f"ok {name}" for name in names or subtests()]
 
 
 def assert_hello(result: subprocess.CompletedProcess[str]) -> None:

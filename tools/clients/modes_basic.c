@@ -334,8 +334,8 @@ static void second_slot(struct client *c)
 	expect_u64("note 0 after the client's store", read_note(c, 0), 0x5ec2e8);
 }
 
-/* Guest memory that the client has shared itself. */
-static void shared_memory(struct client *c)
+/* Guest memory that the client has shared itself, and sees through another mapping too. */
+static void check_shared_memory(struct client *c, int keep_open)
 {
 	int fd = memfd_create("guest", MFD_CLOEXEC);
 	uint8_t *one, *other;
@@ -347,7 +347,8 @@ static void shared_memory(struct client *c)
 	other = mmap(NULL, 0x11000, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
 	if (one == MAP_FAILED || other == MAP_FAILED)
 		fail("mmap: %s", strerror(errno));
-	close(fd);
+	if (!keep_open)
+		close(fd);
 	set_memory(c, 1, HIGH_AT, one, 0x10000, 0);
 	memcpy(other + 0x1008, &secret, sizeof(secret));
 	load_guest(c, high_guest);
@@ -355,6 +356,16 @@ static void shared_memory(struct client *c)
 	expect_exit(c, KVM_EXIT_HLT);
 	expect_u64("note 0", read_note(c, 0), 0xfd);
 	expect_u64("what the guest stored, through the other mapping", other[0x1010], 0x5a);
+}
+
+static void shared_memory(struct client *c)
+{
+	check_shared_memory(c, 1);
+}
+
+static void shared_memory_without_fd(struct client *c)
+{
+	check_shared_memory(c, 0);
 }
 
 static void readonly_slot(struct client *c)
@@ -440,6 +451,7 @@ const struct subtest basic_subtests[] = {
 	{ "signal_mask", signal_mask },
 	{ "second_slot", second_slot },
 	{ "shared_memory", shared_memory },
+	{ "shared_memory_without_fd", shared_memory_without_fd },
 	{ "readonly_slot", readonly_slot },
 	{ "deleted_slot", deleted_slot },
 	{ "moved_slot", moved_slot },
