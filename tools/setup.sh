@@ -63,7 +63,8 @@ if ! "$VENV/bin/python" -c '' 2>/dev/null; then
     "$python" -m venv --clear "$VENV"
 fi
 pip="$VENV/bin/python -m pip --disable-pip-version-check -q"
-$pip install -c tools/constraints.txt setuptools
-# Without build isolation: the pinned setuptools is here already, and the native helper is built in place.
+# Without build isolation: what builds is pinned too, and the native helper is built in place. pyfuse3 comes as source
+# only and asks setuptools_scm for its version and Cython for its C.
+$pip install -c tools/constraints.txt setuptools setuptools-scm Cython
 $pip install -c tools/constraints.txt --no-build-isolation -e '.[dev]'
 touch "$STAMP"
