@@ -9,7 +9,9 @@ Everything that a worker might import later is loaded here, because a worker may
 from __future__ import annotations
 
 import gc
+import importlib
 import os
+import pkgutil
 import select
 import signal
 import sys
@@ -18,6 +20,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
+import kvmfs
 from kvmd import sandbox
 from kvmd.link import Link, LinkError, Message
 
@@ -90,6 +93,13 @@ class Zygote:
             pass
 
 
+def _import_all() -> None:
+    """Every module of the library, also those that are imported late: the checkout may be below a 0700 /root."""
+    for module in pkgutil.walk_packages(kvmfs.__path__, "kvmfs."):
+        if not module.name.rpartition(".")[2].startswith("_"):      # a native part: loaded by who uses it
+            importlib.import_module(module.name)
+
+
 class _Server:
     """The zygote itself."""
 
@@ -105,6 +115,7 @@ class _Server:
         os.dup2(null, 0)
         os.close(null)
         sandbox.close_all_but([self._requests.fileno(), self._reports.fileno(), self._wake, self._woken])
+        _import_all()
         preload()
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)   # it ends with the daemon, after the daemon is done with it
