@@ -11,7 +11,7 @@ import struct
 from typing import TYPE_CHECKING
 
 from kvmfs.errors import KvmError
-from kvmfs.kvm import caps
+from kvmfs.kvm import caps, dirty_log
 from kvmfs.kvm.memslots import HostRange
 
 if TYPE_CHECKING:
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from kvmfs.kvm.kvm_main import Vm
 
 _MEMORY_REGION = struct.Struct("<IIQQQ")        # slot, flags, guest_phys_addr, memory_size, userspace_addr
+_DIRTY_LOG = struct.Struct("<IIQ")              # slot, -, dirty_bitmap
+_CLEAR_DIRTY_LOG = struct.Struct("<IIQQ")       # slot, num_pages, first_page, dirty_bitmap
 TSS_ADDR_MAX = (1 << 32) - 3 * 4096
 
 
@@ -71,6 +73,24 @@ def _set_region(vm: Vm, req: RequestLike, slot: int, flags: int, gpa: int, size:
         if memory is not None:
             memory.close()
         raise
+
+
+def get_dirty_log(vm: Vm, req: RequestLike) -> int:
+    """KVM_GET_DIRTY_LOG (api.rst 4.8).  EINVAL, ENOENT, EFAULT."""
+    slot, _, address = _DIRTY_LOG.unpack(req.data)
+    vm.host.may_block()
+    with vm.slots_lock:
+        dirty_log.get_dirty_log(vm.memslots, vm.host.memory, slot, address)
+    return 0
+
+
+def clear_dirty_log(vm: Vm, req: RequestLike) -> int:
+    """KVM_CLEAR_DIRTY_LOG (api.rst 4.117).  EINVAL, ENOENT, EFAULT."""
+    slot, count, first, address = _CLEAR_DIRTY_LOG.unpack(req.data)
+    vm.host.may_block()
+    with vm.slots_lock:
+        dirty_log.clear_dirty_log(vm.memslots, vm.host.memory, slot, first, count, address)
+    return 0
 
 
 def set_tss_addr(vm: Vm, req: RequestLike) -> int:

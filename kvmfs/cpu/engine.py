@@ -89,6 +89,29 @@ class Engine:
         """Guest memory was changed from outside the guest: translations of that range are dropped. Cheap for data pages."""
         self._lib.nv_invalidate(self._engine, gpa, size)
 
+    def log(self, gpa: int, bitmap: int, page: int) -> None:
+        """Every page of the region at gpa that the guest or its page walk writes sets a bit in the bitmap at that address.
+
+        page: the bit of the region's first page. bitmap 0: no more. ValueError: there is no region.
+        """
+        if self._lib.nv_log(self._engine, gpa, bitmap, page):
+            raise ValueError(f"no region at {gpa:#x}")
+
+    def log_set(self, bitmap: int, page: int, count: int) -> None:
+        """Set bits in a log's bitmap, while a guest may do so."""
+        self._lib.nv_log_set(bitmap, page, count)
+
+    def log_sync(self) -> None:
+        """Bring all bitmaps up to date with what the guest did until now."""
+        self._lib.nv_log_sync(self._engine)
+
+    def log_take(self, bitmap: int, out: int, words: int, *, mask: bool) -> bool:
+        """Move bits from a bitmap to the one at out, both of 64-bit words: all, or with mask those that are set there.
+
+        The next store to their pages is logged again. True when there were any.
+        """
+        return bool(self._lib.nv_log_take(self._engine, bitmap, out, words, mask))
+
     def is_code_page(self, gpa: int) -> bool:
         """Whether the page was ever executed (only such pages matter to :meth:`invalidate`)."""
         page = gpa >> 12

@@ -88,7 +88,9 @@ typedef struct Vcpu {
     Event ev[MAX_EVENTS];
 } Vcpu;
 
-typedef struct { u64 gpa, size; u8 *host; u64 readonly; } Region;
+// log: the dirty bitmap of the slot that the region belongs to, log_page the region's first page in it; NULL: not logged
+typedef struct { u64 gpa, size; u8 *host; u64 readonly; u64 *log, log_page; } Region;
+typedef struct { u64 gpa, value; u32 size; } Walked; // a page table entry as it was before a walk
 typedef struct { u64 r, w, x, paddr, addend, pad[3]; } TlbEntry;
 typedef struct { u64 mask; TlbEntry *table; } TlbFast;
 typedef struct { u32 selector, pad; u64 base; u32 limit, flags; } Seg;
@@ -107,7 +109,9 @@ typedef struct Engine {
     u32 hooks;
     size_t hook_id[MAX_REGIONS * 4 + 8];
     Region region[MAX_REGIONS];
-    int nregions, ncpus;
+    int nregions, ncpus, nlogged;
+    Walked walk[4];  // not looked at again yet
+    int nwalk;
     Vcpu *cpus[MAX_CPUS];
     Vcpu *last;    // whose translations the TLB holds
     Vcpu *owner;

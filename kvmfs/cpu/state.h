@@ -147,7 +147,7 @@ int nv_map(Engine *e, u64 gpa, u64 size, u8 *host, int readonly) {
     if (!err) {
         int i = e->nregions++;
         for (; i && e->region[i - 1].gpa > gpa; i--) e->region[i] = e->region[i - 1];
-        e->region[i] = (Region){gpa, size, host, readonly};
+        e->region[i] = (Region){gpa, size, host, readonly, NULL, 0};
         renew_hooks(e);
     }
     leave_engine(e, NULL);
@@ -166,6 +166,7 @@ int nv_unmap(Engine *e, u64 gpa) {
     while (i < e->nregions && e->region[i].gpa != gpa) i++;
     if (i < e->nregions) {
         Region r = e->region[i];
+        settle_walk(e);
         // Unicorn would take the region's addresses for virtual ones and fault; all translations go anyway (below), since
         // another region may get its ram addresses
         void *invalidate = UC(void *, UC_INVALIDATE_TB);
@@ -173,6 +174,7 @@ int nv_unmap(Engine *e, u64 gpa) {
         err = p_unmap(e->uc, r.gpa, r.size);
         UC(void *, UC_INVALIDATE_TB) = invalidate;
         if (!err) {
+            e->nlogged -= r.log != NULL;
             memmove(&e->region[i], &e->region[i + 1], (--e->nregions - i) * sizeof r);
             renew_hooks(e);
             for (u64 p = gpa >> 12; p < (gpa + r.size) >> 12; p++) e->code[p >> 3] &= ~(1 << (p & 7));
@@ -197,6 +199,50 @@ void nv_invalidate(Engine *e, u64 gpa, u64 size) {
         p_tb_invalidate(e->uc, ram, ram + 4096);
     }
     if (locked) leave_engine(e, NULL);
+}
+
+// The region at gpa logs into a bitmap, from bit `page` on; NULL: no more. Every translation to it is made anew.
+int nv_log(Engine *e, u64 gpa, u64 *bitmap, u64 page) {
+    enter(e, NULL, 1);
+    settle_walk(e);
+    Region *r = region_at(e, gpa);
+    if (r) {
+        e->nlogged += (bitmap != NULL) - (r->log != NULL);
+        r->log = bitmap;
+        r->log_page = page;
+        p_tlb_flush(e->cpu);
+    }
+    leave_engine(e, NULL);
+    return !r;
+}
+
+// The machine itself wrote `count` pages; any thread.
+void nv_log_set(u64 *bitmap, u64 page, u64 count) {
+    for (; count; page++, count--) __atomic_fetch_or(&bitmap[page >> 6], 1ull << (page & 63), __ATOMIC_RELAXED);
+}
+
+// Bits of n words are taken out of a bitmap: with `mask` those that are set in `out`, else all; `out` then has what was taken.
+// The next store to their pages is seen again. 1 when there were any.
+int nv_log_take(Engine *e, u64 *bitmap, u64 *out, u64 n, int mask) {
+    u64 any = 0;
+    enter(e, NULL, 1);
+    settle_walk(e);
+    for (u64 i = 0; i < n; i++) {
+        u64 wanted = mask ? out[i] : ~0ull;
+        out[i] = 0;
+        if (wanted & __atomic_load_n(&bitmap[i], __ATOMIC_RELAXED))
+            any |= out[i] = __atomic_fetch_and(&bitmap[i], ~wanted, __ATOMIC_RELAXED) & wanted;
+    }
+    if (any) p_tlb_flush(e->cpu);
+    leave_engine(e, NULL);
+    return any != 0;
+}
+
+// What is in the bitmap now, the walk under way included.
+void nv_log_sync(Engine *e) {
+    enter(e, NULL, 1);
+    settle_walk(e);
+    leave_engine(e, NULL);
 }
 
 const u8 *nv_code_pages(Engine *e) { return e->code; }

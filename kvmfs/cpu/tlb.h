@@ -6,14 +6,16 @@
 // 2. A page without memory behind it gets an entry that never hits (TLB_INVALID), so that each access comes through the
 //    load or store helper and its UNMAPPED callback, which has the exact address and size; while an instruction is completed the
 //    entry leads to a scratch page with the bytes that the read exit brought.
+// 3. A page of a slot that logs and is not in its dirty bitmap is never writable in the TLB, so that the first store to it comes
+//    here. What the page walk itself writes (accessed and dirty bits) is found by comparing the entries before and after.
 #pragma once
 #include "native.h"
 
-static const Region *region_at(Engine *e, u64 gpa) {
+static Region *region_at(Engine *e, u64 gpa) {
     int lo = 0, hi = e->nregions;
     while (lo < hi) {
         int mid = (lo + hi) / 2;
-        const Region *r = &e->region[mid];
+        Region *r = &e->region[mid];
         if (gpa < r->gpa) hi = mid;
         else if (gpa - r->gpa >= r->size) lo = mid + 1;
         else return r;
@@ -25,15 +27,68 @@ static void drop(TlbEntry *t, u64 pa, const TlbEntry *keep) {
     if (t != keep && (t->paddr & ~0xfffull) == pa && t->w != ~0ull) t->r = t->w = t->x = ~0ull;
 }
 
+static void mark_dirty(const Region *r, u64 gpa) {
+    u64 page = r->log_page + ((gpa - r->gpa) >> 12), bit = 1ull << (page & 63);
+    u64 *word = &r->log[page >> 6];
+    if (!(__atomic_load_n(word, __ATOMIC_RELAXED) & bit)) __atomic_fetch_or(word, bit, __ATOMIC_RELAXED);
+}
+
+static bool is_dirty(const Region *r, u64 gpa) {
+    u64 page = r->log_page + ((gpa - r->gpa) >> 12);
+    return __atomic_load_n(&r->log[page >> 6], __ATOMIC_RELAXED) >> (page & 63) & 1;
+}
+
+// Entries that the last walk has changed make their pages dirty; a walk that ended in a fault never came back to its caller.
+static void settle_walk(Engine *e) {
+    while (e->nwalk) {
+        Walked *w = &e->walk[--e->nwalk];
+        const Region *r = region_at(e, w->gpa);
+        if (r && r->log && memcmp(r->host + (w->gpa - r->gpa), &w->value, w->size)) mark_dirty(r, w->gpa);
+    }
+}
+
+static void note_walk(Engine *e, u64 va) {
+    u64 cr0 = F(u64, CR), cr3 = F(u64, CR + 24), cr4 = F(u64, CR + 32), size = 8, bits = 9;
+    int shift;
+    if (!(cr0 >> 31)) return;
+    if (F(u32, HFLAGS) & HF_LMA) {
+        shift = 39;
+    } else if (cr4 & 1 << 5) {
+        shift = 30;
+        cr3 = (u32)cr3;
+        va = (u32)va;
+    } else {
+        shift = 22, size = 4, bits = 10;
+        cr3 = (u32)cr3;
+        va = (u32)va;
+    }
+    u64 table = cr3 & (shift == 30 ? 0xffffffffe0ull : 0xfffffff000ull);
+    for (; shift >= 12; shift -= bits) {
+        u64 gpa = table + (va >> shift & ((1 << bits) - 1)) * size, value = 0;
+        const Region *r = region_at(e, gpa);
+        if (!r) return;
+        memcpy(&value, r->host + (gpa - r->gpa), size);
+        if (r->log && !is_dirty(r, gpa)) e->walk[e->nwalk++] = (Walked){gpa, value, size};
+        if (!(value & 1) || ((value & 0x80) && shift < 39 && (size == 8 || (cr4 & 1 << 4)))) return; // absent, or a large page
+        table = value & 0xfffffff000ull;
+    }
+}
+
 static bool our_tlb_fill(void *cs, u64 va, int size, int access, int mmu, bool probe, u64 ra) {
     Engine *e = engine_of(cs);
+    if (e->nlogged) {
+        settle_walk(e);
+        note_walk(e, va);
+    }
     bool ok = e->tlb_fill(cs, va, size, access, mmu, probe, ra);
+    if (e->nlogged) settle_walk(e);
     if (!ok) return ok;
     TlbFast *f = &F(TlbFast, TLB_FAST + 16 * mmu);
     TlbEntry *t = &f->table[(va >> 12) & (f->mask >> 6)];
     u64 pa = t->paddr & ~0xfffull, page = pa >> 12;
     if (pa >> 40) return ok;
-    if (!region_at(e, pa)) {
+    const Region *r = region_at(e, pa);
+    if (!r) {
         u8 *host = e->scratch;
         Vcpu *v = cur;
         if (v && v->replaying)
@@ -44,6 +99,10 @@ static bool our_tlb_fill(void *cs, u64 va, int size, int access, int mmu, bool p
         if (access == 0) t->r = (va & ~0xfffull) | TLB_INVALID;
         if (access == 1) t->w = (va & ~0xfffull) | TLB_INVALID | TLB_MMIO_BIT;
         return ok;
+    }
+    if (r->log && !r->readonly && t->w != ~0ull) {
+        if (access == 1) mark_dirty(r, pa);
+        else if (!is_dirty(r, pa)) t->w = ~0ull;
     }
     u8 bit = 1 << (page & 7);
     if (access == 2) {

@@ -47,21 +47,13 @@ class Vm:
         self.vendor, self.host = vendor, host
         self.lock, self.slots_lock, self.create_lock = threading.Lock(), threading.Lock(), threading.Lock()
         self.engine = Engine()
-        self.memslots = MemSlots(self._ram_mapped, self._ram_unmapped, 1 << MAX_GPA_BITS)
+        self.memslots = MemSlots(self.engine, 1 << MAX_GPA_BITS)
         self.created_vcpus = 0
         self.vcpus: list[Vcpu] = []
         self.max_vcpus = KVM_MAX_VCPUS
         self.arch = x86.VmArch()
         self.dead = False
         self.mirrored = False       # guest memory is copied at each KVM_RUN (the client is traced)
-
-    # Linux flushes the shadow pages when a slot changes and vCPUs fault them in again; here the engine
-    # itself must stand still while its memory map changes.
-    def _ram_mapped(self, gpa: int, size: int, address: int, readonly: bool) -> None:
-        self.engine.map(gpa, size, address, readonly=readonly)
-
-    def _ram_unmapped(self, gpa: int, size: int) -> None:
-        self.engine.unmap(gpa, size)
 
     def mirror_in(self) -> None:
         """Bring the client's changes into guest memory that cannot be shared with it."""

@@ -14,11 +14,13 @@ import errno
 import mmap
 import os
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, Protocol
 
 from kvmfs.abi.exits import KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY
+from kvmfs.abi.flags import KVM_DIRTY_LOG_INITIALLY_SET
 from kvmfs.errors import KvmError
+from kvmfs.kvm.dirty_log import DirtyBitmap, LogEngine
 from kvmfs.kvm.host import Segment
 
 PAGE_SIZE = 4096
@@ -69,11 +71,12 @@ class HostRange:
 class MemSlot:
     """``struct kvm_memory_slot``: ``size`` bytes at guest physical ``gpa``, the client's ``hva``."""
 
-    __slots__ = ("flags", "gpa", "hva", "id", "memory", "size")
+    __slots__ = ("dirty_bitmap", "flags", "gpa", "hva", "id", "memory", "size")
 
     def __init__(self, id_: int, flags: int, gpa: int, size: int, hva: int) -> None:
         self.id, self.flags, self.gpa, self.size, self.hva = id_, flags, gpa, size, hva
         self.memory: HostRange | None = None        # set as long as the slot is in use
+        self.dirty_bitmap: DirtyBitmap | None = None
 
     @property
     def readonly(self) -> bool:
@@ -92,22 +95,29 @@ class Change(NamedTuple):
     needs_memory: bool
 
 
+class RamEngine(LogEngine, Protocol):
+    """The CPU, which is told about every piece of memory that appears at or goes from a guest physical address."""
+
+    def map(self, gpa: int, size: int, host_addr: int, *, readonly: bool = False) -> None: ...
+    def unmap(self, gpa: int, size: int) -> None: ...
+
+
 class MemSlots:
-    """All slots of a VM.
+    """All slots of a VM."""
 
-    ``mapped`` and ``unmapped`` are told about every piece of memory that appears at or goes from a guest
-    physical address, so that the CPU knows what is RAM.
-    """
-
-    def __init__(self, mapped: Callable[[int, int, int, bool], None], unmapped: Callable[[int, int], None],
-                 max_gpa: int) -> None:
+    def __init__(self, engine: RamEngine, max_gpa: int) -> None:
         self._slots: dict[int, MemSlot] = {}
-        self._starts: list[int] = []
-        self._sorted: list[MemSlot] = []
-        self._mapped, self._unmapped, self._max_gpa = mapped, unmapped, max_gpa
+        # By address; replaced as a whole, so that who looks sees all of a change or nothing.
+        self._by_gpa: tuple[list[int], list[MemSlot]] = ([], [])
+        self.engine, self._max_gpa = engine, max_gpa
+        self.manual_dirty_log_protect = 0       # options of KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2
 
     def __iter__(self) -> Iterator[MemSlot]:
-        return iter(self._sorted)
+        return iter(self._by_gpa[1])
+
+    def by_id(self, number: int) -> MemSlot | None:
+        """``id_to_memslot``."""
+        return self._slots.get(number)
 
     # ---- KVM_SET_USER_MEMORY_REGION ---------------------------------------------------------------
 
@@ -129,7 +139,7 @@ class MemSlots:
             if gpa == old.gpa and flags == old.flags:
                 return None
         moved = old is None or gpa != old.gpa
-        if moved and any(s is not old and gpa < s.end and s.gpa < gpa + size for s in self._sorted):
+        if moved and self._overlaps(gpa, size, old):
             raise KvmError(errno.EEXIST)
         if moved and gpa + size > self._max_gpa:
             raise KvmError(errno.EINVAL)
@@ -142,15 +152,37 @@ class MemSlots:
             assert old is not None and old.memory is not None
             self._remove(old)
             old.memory.close()
-        elif old is None:
-            new.memory = memory
+            return
+        bitmap = self._bitmap(old, new)
+        if old is None:
+            new.memory, new.dirty_bitmap = memory, bitmap
             self._insert(new)
         elif new.gpa == old.gpa:
-            old.flags = new.flags
+            old.flags, old.dirty_bitmap = new.flags, bitmap
+            self._log(old)
         else:
-            new.memory = old.memory
+            new.memory, new.dirty_bitmap = old.memory, bitmap
             self._remove(old)
             self._insert(new)
+
+    def _bitmap(self, old: MemSlot | None, new: MemSlot) -> DirtyBitmap | None:
+        if not new.flags & KVM_MEM_LOG_DIRTY_PAGES:
+            return None
+        if old is not None and old.dirty_bitmap is not None:
+            return old.dirty_bitmap
+        bitmap = DirtyBitmap(new.size // PAGE_SIZE)
+        if self.manual_dirty_log_protect & KVM_DIRTY_LOG_INITIALLY_SET:
+            bitmap.fill()
+        return bitmap
+
+    def _overlaps(self, gpa: int, size: int, but: MemSlot | None) -> bool:
+        starts, slots = self._by_gpa
+        i = max(bisect_right(starts, gpa) - 1, 0)
+        while i < len(slots) and slots[i].gpa < gpa + size:
+            if slots[i] is not but and gpa < slots[i].end:
+                return True
+            i += 1
+        return False
 
     @staticmethod
     def _check(slot: int, flags: int, gpa: int, size: int, hva: int) -> None:
@@ -167,23 +199,36 @@ class MemSlots:
     def _insert(self, slot: MemSlot) -> None:
         self._show(slot)
         self._slots[slot.id] = slot
-        self._resort()
+        starts, slots = self._by_gpa
+        i = bisect_right(starts, slot.gpa)
+        self._by_gpa = ([*starts[:i], slot.gpa, *starts[i:]], [*slots[:i], slot, *slots[i:]])
 
     def _remove(self, slot: MemSlot) -> None:
         self._hide(slot)
         del self._slots[slot.id]
-        self._resort()
+        starts, slots = self._by_gpa
+        i = bisect_right(starts, slot.gpa) - 1
+        self._by_gpa = (starts[:i] + starts[i + 1:], slots[:i] + slots[i + 1:])
 
     def _show(self, slot: MemSlot) -> None:
         assert slot.memory is not None
         base = slot.memory.address
         for at, size, writable in slot.memory.pieces:
-            self._mapped(slot.gpa + at, size, base + at, slot.readonly or not writable)
+            self.engine.map(slot.gpa + at, size, base + at, readonly=slot.readonly or not writable)
+        if slot.dirty_bitmap is not None:
+            self._log(slot)
+
+    def _log(self, slot: MemSlot) -> None:
+        """The engine logs, or does not log any more, as the slot's bitmap says."""
+        assert slot.memory is not None
+        address = 0 if slot.dirty_bitmap is None else slot.dirty_bitmap.address
+        for at, _, _ in slot.memory.pieces:
+            self.engine.log(slot.gpa + at, address, at // PAGE_SIZE)
 
     def _hide(self, slot: MemSlot) -> None:
         assert slot.memory is not None
         for at, size, _ in slot.memory.pieces:
-            self._unmapped(slot.gpa + at, size)
+            self.engine.unmap(slot.gpa + at, size)
 
     @contextlib.contextmanager
     def hidden(self, slot: MemSlot) -> Iterator[None]:
@@ -194,13 +239,9 @@ class MemSlots:
         finally:
             self._show(slot)
 
-    def _resort(self) -> None:
-        self._sorted = sorted(self._slots.values(), key=lambda s: s.gpa)
-        self._starts = [s.gpa for s in self._sorted]
-
     def close(self) -> None:
         """Give all memory back."""
-        for slot in list(self._sorted):
+        for slot in list(self):
             self._remove(slot)
             if slot.memory is not None:
                 slot.memory.close()
@@ -209,13 +250,14 @@ class MemSlots:
 
     def find(self, gpa: int) -> MemSlot | None:
         """The slot that covers ``gpa`` (``gfn_to_memslot``)."""
-        i = bisect_right(self._starts, gpa) - 1
+        starts, slots = self._by_gpa
+        i = bisect_right(starts, gpa) - 1
         if i < 0:
             return None
-        slot = self._sorted[i]
+        slot = slots[i]
         return slot if gpa < slot.end else None
 
-    def _runs(self, gpa: int, size: int, write: bool) -> Iterator[tuple[int, int]]:
+    def _runs(self, gpa: int, size: int, write: bool) -> Iterator[tuple[int, int, MemSlot]]:
         while size:
             slot = self.find(gpa)
             if slot is None or slot.memory is None or (write and slot.readonly):
@@ -224,7 +266,7 @@ class MemSlots:
             for at, length, writable in slot.memory.pieces:
                 if at <= offset < at + length and (writable or not write):
                     take = min(size, at + length - offset)
-                    yield slot.memory.address + offset, take
+                    yield slot.memory.address + offset, take, slot
                     gpa += take
                     size -= take
                     break
@@ -233,11 +275,15 @@ class MemSlots:
 
     def read(self, gpa: int, size: int) -> bytes:
         """``kvm_read_guest``: EFAULT where there is no memory."""
-        return b"".join(ctypes.string_at(at, n) for at, n in self._runs(gpa, size, False))
+        return b"".join(ctypes.string_at(at, n) for at, n, _ in self._runs(gpa, size, False))
 
     def write(self, gpa: int, data: bytes) -> None:
         """``kvm_write_guest``: EFAULT where there is no writable memory."""
         done = 0
-        for at, n in self._runs(gpa, len(data), True):
+        for at, n, slot in self._runs(gpa, len(data), True):
             ctypes.memmove(at, data[done:done + n], n)
+            if slot.dirty_bitmap is not None:
+                first = (gpa + done - slot.gpa) // PAGE_SIZE
+                last = (gpa + done + n - 1 - slot.gpa) // PAGE_SIZE
+                self.engine.log_set(slot.dirty_bitmap.address, first, last - first + 1)
             done += n

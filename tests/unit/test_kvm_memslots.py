@@ -31,11 +31,27 @@ def memfd():
     os.close(fd)
 
 
+class Ram:
+    """An engine that writes down what it is told."""
+
+    def __init__(self):
+        self.calls = []
+
+    def map(self, gpa, size, host_addr, *, readonly=False):
+        self.calls.append(("map", gpa, size, host_addr, readonly))
+
+    def unmap(self, gpa, size):
+        self.calls.append(("unmap", gpa, size))
+
+    def log(self, gpa, bitmap, page):
+        self.calls.append(("log", gpa, bool(bitmap), page))
+
+
 class Slots(MemSlots):
     def __init__(self, fd):
-        self.log = []
         self.fd = fd
-        super().__init__(lambda *a: self.log.append(("map", *a)), lambda *a: self.log.append(("unmap", *a)), 1 << 40)
+        super().__init__(Ram(), 1 << 40)
+        self.log = self.engine.calls
 
     def region(self, slot, flags, gpa, size, hva, pieces=None):
         change = self.prepare(slot, flags, gpa, size, hva)
@@ -85,9 +101,9 @@ def test_life_of_a_slot(slots):
     fails(errno.EINVAL, slots.region, 0, READONLY, 0x10000, 0x4000, HVA)
     fails(errno.EEXIST, slots.region, 1, 0, 0x13000, 0x4000, HVA + 0x10000)
     slots.region(0, DIRTY, 0x10000, 0x4000, HVA)
-    assert slots.log[-1][0] == "map"
+    assert slots.log[-1] == ("log", 0x10000, True, 0)
     slots.region(0, DIRTY, 0x20000, 0x4000, HVA)
-    assert [e[0] for e in slots.log[-2:]] == ["unmap", "map"]
+    assert [e[0] for e in slots.log[-3:]] == ["unmap", "map", "log"]
     assert slots.read(0x20FFE, 4) == b"abcd"
     fails(errno.EFAULT, slots.read, 0x10000, 1)
     slots.region(0, 0, 0, 0, 0)
