@@ -43,12 +43,21 @@ def create_vcpu(vm: Vm, req: RequestLike) -> None:
 
 
 def set_user_memory_region(vm: Vm, req: RequestLike) -> None:
-    """KVM_SET_USER_MEMORY_REGION (api.rst 4.35)."""
+    """KVM_SET_USER_MEMORY_REGION (api.rst 4.35).  EINVAL, EEXIST (MemSlots.prepare), ENOMEM."""
+    _set_memory_region(vm, req)
+
+
+def set_user_memory_region2(vm: Vm, req: RequestLike) -> None:
+    """KVM_SET_USER_MEMORY_REGION2 (api.rst 4.140): the same; KVM_MEM_GUEST_MEMFD is EINVAL, there is no private memory."""
+    _set_memory_region(vm, req)
+
+
+def _set_memory_region(vm: Vm, req: RequestLike) -> None:
     host, result = vm.host, 0
     host.may_block()
     with vm.slots_lock:
         try:
-            _set_region(vm, req, *_MEMORY_REGION.unpack(req.data))
+            _set_region(vm, req, *_MEMORY_REGION.unpack_from(req.data))
         except OSError as e:
             result = -(e.errno or errno.EIO)
         except BaseException:

@@ -49,6 +49,7 @@ SUPPORTED: dict[int, int | Callable[[], int]] = {
     K.KVM_CAP_MAX_VCPU_ID: KVM_MAX_VCPU_IDS,
     K.KVM_CAP_IMMEDIATE_EXIT: 1,
     K.KVM_CAP_GET_MSR_FEATURES: 1,
+    K.KVM_CAP_USER_MEMORY2: 1,
     K.KVM_CAP_VM_TYPES: VM_TYPES,
 }
 """number → value, or what computes it."""
@@ -160,7 +161,6 @@ ABSENT: dict[int, str] = {
     K.KVM_CAP_DIRTY_LOG_RING_ACQ_REL: _DIRTY,
     K.KVM_CAP_DIRTY_LOG_RING_WITH_BITMAP: _DIRTY,
     K.KVM_CAP_PMU_EVENT_MASKED_EVENTS: _PMU,
-    K.KVM_CAP_USER_MEMORY2: _IOCTL,
     K.KVM_CAP_MEMORY_FAULT_INFO: "EFAULT comes without KVM_EXIT_MEMORY_FAULT",
     K.KVM_CAP_MEMORY_ATTRIBUTES: "no private memory",
     K.KVM_CAP_GUEST_MEMFD: "no private memory",

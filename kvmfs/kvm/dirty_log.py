@@ -54,14 +54,13 @@ class DirtyBitmap:
         return self._map[:]
 
 
-def set_manual_protect(slots: MemSlots, flags: int, options: int) -> int:
-    """KVM_ENABLE_CAP of KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 (api.rst 7.18): 0; EINVAL: flags, or an unknown option."""
+def set_manual_protect(slots: MemSlots, options: int) -> None:
+    """KVM_ENABLE_CAP of KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 (api.rst 7.18).  EINVAL: an unknown option."""
     enable = options & KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE
     allowed = KVM_DIRTY_LOG_MANUAL_CAPS if enable else KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE
-    if flags or options & ~allowed:
+    if options & ~allowed:
         raise KvmError(errno.EINVAL)
     slots.manual_dirty_log_protect = options
-    return 0
 
 
 def _logged_slot(slots: MemSlots, number: int) -> tuple[MemSlot, DirtyBitmap]:

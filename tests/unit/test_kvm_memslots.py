@@ -3,12 +3,16 @@
 
 import errno
 import os
+import struct
 from dataclasses import dataclass
 
 import pytest
 
+from kvmfs.abi import ioctls as K
 from kvmfs.errors import KvmError
+from kvmfs.kvm.kvm_main import VM_INODE
 from kvmfs.kvm.memslots import HostRange, MemSlots
+from tests.unit.machine import Machine
 
 HVA = 0x7F00_0000_0000
 DIRTY, READONLY = 1, 2
@@ -118,3 +122,33 @@ def test_hole_and_readonly(slots, memfd):
     fails(errno.EFAULT, slots.read, 0xFF8, 9)
     fails(errno.EFAULT, slots.write, 0, b"x")
     assert slots.find(0x1000).id == 3
+
+
+def test_region2():
+    m = Machine()
+    try:
+        def region2(flags, gpa=1 << 21):
+            data = struct.pack("<IIQQQQI", 1, flags, gpa, 0x1000, 0x10000000, 0, 0).ljust(160, b"\xFF")
+            return m.ioctl(VM_INODE, K.KVM_SET_USER_MEMORY_REGION2, 1, data)[0]
+
+        assert region2(1 << 2) == -errno.EINVAL         # KVM_MEM_GUEST_MEMFD
+        assert region2(1 << 3) == region2(0, 1) == -errno.EINVAL
+        assert region2(0, 0x1000) == -errno.EEXIST
+        assert region2(DIRTY) == region2(DIRTY) == 0
+        assert region2(READONLY) == -errno.EINVAL
+        assert m.vm.memslots.find(1 << 21).id == 1
+    finally:
+        m.close()
+
+
+def test_overlap_and_order_of_many(memfd):
+    s = Slots(memfd)
+    for i in sorted(range(300), key=lambda n: n * 7919 % 300):
+        s.region(i, 0, i << 16, 0x2000, HVA)
+    assert [slot.id for slot in s] == list(range(300))
+    for i in (0, 150, 299):
+        fails(errno.EEXIST, s.region, 500, 0, (i << 16) + 0x1000, 0x1000, HVA)
+        fails(errno.EEXIST, s.region, 500, 0, i << 16, 1 << 20, HVA)
+    s.region(500, 0, 0x2000, 0xE000, HVA)
+    assert s.find(0x1FFF).id == 0 and s.find(0x2000).id == 500 and s.find(0x10000).id == 1
+    s.close()
