@@ -11,6 +11,7 @@ from __future__ import annotations
 import abc
 from typing import TYPE_CHECKING
 
+from kvmfs.abi.msrs import MSR_CSTAR, MSR_IA32_CR_PAT, MSR_TSC_AUX
 from kvmfs.abi.x86 import CR4_PCIDE, CR4_VMXE, X86_EFLAGS_IF
 
 if TYPE_CHECKING:
@@ -71,7 +72,10 @@ class KvmX86Ops(abc.ABC):
         vcpu.cpu.set_intercept(*COMMON_INTERCEPTS)
         vcpu.cpu.set_register_intercepts(cr_write=1 << 0 | 1 << 4 | 1 << 8)
         for msr in self.passthrough_msrs:
-            vcpu.cpu.msr_passthrough(msr, True, True)
+            # Writes exit: the engine would take an address that is not canonical.
+            vcpu.cpu.msr_passthrough(msr, True, False)
+        for msr in (MSR_IA32_CR_PAT, MSR_TSC_AUX, *(() if MSR_CSTAR in self.passthrough_msrs else (MSR_CSTAR,))):
+            vcpu.cpu.msr_passthrough(msr, False, False)
 
     passthrough_msrs: tuple[int, ...] = ()
 

@@ -271,6 +271,22 @@ def test_msr_access_of_the_guest(machine, vendor):
 
 
 @BOTH
+def test_an_address_in_an_msr_is_canonical(machine, vendor):
+    m = machine(vendor, """
+        mov dword ptr [52], offset handler
+        mov ecx, 0xc0000082
+        xor eax, eax
+        mov edx, 0xffff8000
+        wrmsr
+        mov edx, 0x80000000
+        wrmsr
+        hlt
+        handler: rdmsr; mov si, 13; hlt""")
+    assert m.run() == 0
+    assert (m.regs()["rdx"], m.regs()["rsi"]) == (0xFFFF8000, 13)
+
+
+@BOTH
 def test_hypercall(machine, vendor):
     m = machine(vendor, ".byte 0x0f, 0x01, 0xc1; mov ebx, eax; mov eax, 1; .byte 0x0f, 0x01, 0xd9; hlt", rax=99)
     assert m.run() == 0
