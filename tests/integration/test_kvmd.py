@@ -60,13 +60,15 @@ def test_default_permissions(start_kvmd):
     assert subprocess.run([*user, "test", "-r", kvmd.node], check=False).returncode == 1
 
 
-def test_another_user(start_kvmd):
-    """The client is another user than the daemon, in a mount namespace of its own."""
+def test_another_user(start_kvmd, tmp_path):
+    """The client is another user than the daemon, in a mount namespace of its own, and sees the node at another path."""
     kvmd = start_kvmd("--mode", "666")
-    script = 'open N, "+<", "/dev/kvm" or die $!; $vm = ioctl N, 0xae01, 0 or die $!; print "$< $vm"'
+    (place := tmp_path / "node").touch()
+    script = 'open N, "+<", "/proc/self/fd/0" or die $!; $vm = ioctl N, 0xae01, 0 or die $!; print "$< $vm"'
     done = subprocess.run(
-        ["unshare", "--mount", "sh", "-c", 'mount --bind "$0" /dev/kvm && exec setpriv --reuid 1000 --clear-groups perl -e "$1"',
-         kvmd.node, script], capture_output=True, text=True, check=False)
+        ["unshare", "--mount", "sh", "-c",
+         'mount --bind "$0" "$1" && exec setpriv --reuid 1000 --clear-groups perl -e "$2" < "$1"', kvmd.node, place, script],
+        capture_output=True, text=True, check=False)
     assert done.stdout == "1000 4", done.stderr
 
 
