@@ -143,8 +143,8 @@ class Vcpu:
         self.cpu.kick()
 
     def close(self) -> None:
-        if self.run_fd >= 0:
+        fd, self.run_fd = self.run_fd, -1       # a creation that failed and the VM's end may meet here
+        if fd >= 0:
             self.run.release()
             self.run_map.close()
-            os.close(self.run_fd)
-            self.run_fd = -1
+            os.close(fd)
