@@ -11,6 +11,7 @@ import struct
 from typing import TYPE_CHECKING
 
 from kvmfs.abi.structs import KvmFpu, KvmSregs, KvmVcpuEvents
+from kvmfs.api.vcpu_caps import enable_cap  # noqa: F401 (a handler)
 from kvmfs.errors import KvmError
 from kvmfs.kvm import cpuid, events, fpu, msr_lists, regs
 from kvmfs.kvm.x86 import MP_STATE_RUNNABLE

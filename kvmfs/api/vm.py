@@ -10,6 +10,7 @@ import errno
 import struct
 from typing import TYPE_CHECKING
 
+from kvmfs.api.vm_caps import enable_cap, set_boot_cpu_id, set_nr_mmu_pages, x86_set_msr_filter  # noqa: F401 (handlers)
 from kvmfs.errors import KvmError
 from kvmfs.kvm import caps, dirty_log
 from kvmfs.kvm.memslots import HostRange

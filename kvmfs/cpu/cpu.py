@@ -124,7 +124,7 @@ class Cpu(StateFields):
           info1 = 1. A page fault that is intercepted has its address in info2 and leaves CR2.
         - EXIT_IO_IN, EXIT_IO_OUT: ``exit.port``, ``size`` (1, 2, 4), ``count``, ``string``; :attr:`data` holds what OUT writes,
           and takes count * size bytes before IN is completed. rip is at the instruction, except that OUTS is done, one element
-          an exit, and OUT to port 0x7e too.
+          an exit.
         - EXIT_MMIO_READ: ``exit.gpa``, ``size`` (at most 8, within a page); put the bytes into :attr:`data`. Nothing changed yet.
         - EXIT_MMIO_WRITE: the same with what was written; the instruction is completed. More may come before the guest runs.
         - EXIT_FETCH: ``exit.gpa`` is executed and is no memory.

@@ -169,11 +169,6 @@ static int finish(Vcpu *v, int kind) {
         else if (kind == EXIT_MMIO_READ) v->pend = PEND_MMIO;
         else if (kind == EXIT_SVM || kind == EXIT_FETCH) v->nknown = 0;
         v->ins_pos = 0;
-        if (kind == EXIT_IO_OUT && v->exit.port == 0x7e) { // KVM_X86_QUIRK_OUT_7E_INC_RIP
-            v->pend = PEND_NONE;
-            skip(v, v->insn.len);
-            v->exit.kind = kind;
-        }
         return kind;
     }
     return v->nev ? next_event(v) : EXIT_NONE;

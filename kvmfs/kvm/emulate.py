@@ -140,9 +140,10 @@ def prepare_emulation_failure(vcpu: Vcpu) -> int:
 
     kvm_run.emulation_failure: flags, the instruction's size and its bytes (api.rst, KVM_EXIT_INTERNAL_ERROR).
     """
-    events.inject_ud(vcpu)
-    if vcpu.vm.vendor.get_cpl(vcpu) != 0:
-        return 1
+    if not vcpu.vm.arch.exit_on_emulation_error:
+        events.inject_ud(vcpu)
+        if vcpu.vm.vendor.get_cpl(vcpu) != 0:
+            return 1
     code = fetch(vcpu)
     run = vcpu.run
     struct.pack_into("<I", run, 8, kx.KVM_EXIT_INTERNAL_ERROR)

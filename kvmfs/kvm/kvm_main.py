@@ -74,7 +74,7 @@ class Vm:
         with self.lock:
             if self.created_vcpus >= self.max_vcpus:
                 raise KvmError(errno.EINVAL)
-            self.vendor.vcpu_precreate(self)
+            x86.vcpu_precreate(self, vcpu_id)
             self.created_vcpus += 1
         try:
             if any(v.vcpu_id == vcpu_id for v in self.vcpus):
@@ -95,8 +95,14 @@ class Vm:
         with self.lock:
             self.created_vcpus -= 1
 
+    def request_all(self, request: Callable[[Vcpu], None]) -> None:
+        """``kvm_make_all_cpus_request``: each vCPU does it before it enters its guest the next time."""
+        for vcpu in self.vcpus:
+            vcpu.request_work(request)
+            vcpu.kick()
+
     def kick_all(self) -> None:
-        """``kvm_make_all_cpus_request``: every vCPU leaves the guest and looks at its requests."""
+        """Every vCPU leaves the guest and looks at its requests."""
         for vcpu in self.vcpus:
             vcpu.kick()
 
@@ -137,6 +143,11 @@ class Vcpu:
         self.copy_run = False                   # no passthrough: kvm_run is copied at each KVM_RUN
         self.arch = x86.VcpuArch()
         x86.vcpu_create(self)
+
+    def request_work(self, request: Callable[[Vcpu], None]) -> None:
+        """``kvm_make_request``: done by this vCPU before its next entry; twice is once."""
+        if request not in self.arch.requests:
+            self.arch.requests.append(request)
 
     def kick(self) -> None:
         """``kvm_vcpu_kick``: leave the guest soon; harmless when not in it."""

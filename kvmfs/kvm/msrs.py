@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from kvmfs.abi import cpuid as C
 from kvmfs.abi import msrs as M
+from kvmfs.abi.flags import KVM_X86_QUIRK_MISC_ENABLE_NO_MWAIT, KVM_X86_QUIRK_STUFF_FEATURE_MSRS
 from kvmfs.abi.svm import SVM_VM_CR_SVM_DISABLE, SVM_VM_CR_SVM_LOCK
 from kvmfs.abi.x86 import KVM_MAX_MCE_BANKS
 from kvmfs.kvm import mtrr
@@ -73,6 +74,21 @@ class CpuMsrs(Protocol):
         """Add ``delta`` (modulo 2**64) to the TSC's offset."""
 
 
+class MsrPolicy(Protocol):
+    """What the client has decided for the VM with KVM_ENABLE_CAP."""
+
+    @property
+    def disabled_quirks(self) -> int: ...
+
+    @property
+    def guest_can_read_msr_platform_info(self) -> bool: ...
+
+
+class _DefaultPolicy:
+    disabled_quirks = 0
+    guest_can_read_msr_platform_info = True
+
+
 def canonical(address: int) -> int:
     """The address with bit 47 copied into all higher bits."""
     low = address & (1 << VIRT_BITS) - 1
@@ -96,8 +112,11 @@ class MsrFile:
     ``vendor``: "intel" or "amd".  ``cpuid``: gives the vCPU's present table.  ``cpu``: the MSRs in CPU state.
     """
 
-    def __init__(self, vendor: str, cpuid: Callable[[], CpuidTable], cpu: CpuMsrs) -> None:
+    def __init__(self, vendor: str, cpuid: Callable[[], CpuidTable], cpu: CpuMsrs,
+                 policy: MsrPolicy | None = None) -> None:
         self.vendor = vendor
+        self.cpuid_mirror_changed: Callable[[], None] = lambda: None     # called when CPUID.MWAIT is to change
+        self._policy: MsrPolicy = policy if policy is not None else _DefaultPolicy()
         self.mcg_cap = KVM_MAX_MCE_BANKS
         self._cpuid, self._cpu = cpuid, cpu
         features = FEATURE_VALUES[vendor]
@@ -114,6 +133,8 @@ class MsrFile:
         else:
             self._values |= {M.MSR_AMD64_DE_CFG: 0, M.MSR_VM_CR: 0, M.MSR_AMD64_TSC_RATIO: TSC_RATIO_DEFAULT,
                              M.MSR_AMD64_OSVW_ID_LENGTH: OSVW_LENGTH_RESET}
+        if self._policy.disabled_quirks & KVM_X86_QUIRK_STUFF_FEATURE_MSRS:
+            self._values |= {index: 0 for index in _STUFFED if index in self._values}
 
     # ---- reading ------------------------------------------------------------------------------------
 
@@ -144,6 +165,8 @@ class MsrFile:
         """Does the guest's CPUID hide an MSR that its client may read?"""
         if index == M.MSR_IA32_MCG_CTL:
             return not self.mcg_cap & M.MCG_CTL_P
+        if index == M.MSR_PLATFORM_INFO:
+            return not self._policy.guest_can_read_msr_platform_info
         if index == M.MSR_IA32_MCG_EXT_CTL:
             return not self._values.get(M.MSR_IA32_FEAT_CTL, 0) & M.FEAT_CTL_LMCE_ENABLED
         feature = _NEEDS.get(index)
@@ -167,6 +190,15 @@ class MsrFile:
         if writer is not None:
             return writer(self, index, value, host_initiated)
         return index in IGNORED_WRITES
+
+    def is_unknown(self, index: int, *, write: bool) -> bool:
+        """Of an access that failed: is it because there is no such MSR (KVM_MSR_RET_UNSUPPORTED)?"""
+        if index in _VENDORS_OWN and index not in self._values:
+            return True
+        if write:
+            return index not in _WRITERS
+        return (index not in self._values and index not in CPU_STATE_MSRS and index not in _MC_BANKS
+                and index not in _OSVW and index != M.MSR_IA32_MCG_CAP and index not in CONSTANTS)
 
     def _store(self, index: int, value: int, host_initiated: bool) -> bool:
         if index not in self._values:       # another vendor's
@@ -238,6 +270,13 @@ class MsrFile:
             if (old ^ value) & MISC_ENABLE_PMU_RO:
                 return False
             value = value & ~M.MSR_IA32_MISC_ENABLE_EMON | old & M.MSR_IA32_MISC_ENABLE_EMON
+        if ((old ^ value) & M.MSR_IA32_MISC_ENABLE_MWAIT
+                and self._policy.disabled_quirks & KVM_X86_QUIRK_MISC_ENABLE_NO_MWAIT):
+            if not self._cpuid().has(C.X86_FEATURE_XMM3):
+                return False
+            self._values[index] = value
+            self.cpuid_mirror_changed()
+            return True
         return self._store(index, value, host_initiated)
 
     def _set_misc_features(self, index: int, value: int, host_initiated: bool) -> bool:
@@ -337,6 +376,11 @@ class MsrFile:
     # ---- what others ask ----------------------------------------------------------------------------
 
     @property
+    def mwait_enabled(self) -> bool:
+        """IA32_MISC_ENABLE's bit 18, which CPUID mirrors where a quirk is off."""
+        return bool(self._values[M.MSR_IA32_MISC_ENABLE] & M.MSR_IA32_MISC_ENABLE_MWAIT)
+
+    @property
     def cpuid_fault_enabled(self) -> bool:
         """Does CPUID raise #GP above CPL 0 (IA32_MISC_FEATURES_ENABLES)?"""
         return bool(self._values[M.MSR_MISC_FEATURES_ENABLES] & M.MSR_MISC_FEATURES_ENABLES_CPUID_FAULT)
@@ -344,6 +388,12 @@ class MsrFile:
 
 _OSVW = frozenset((M.MSR_AMD64_OSVW_ID_LENGTH, M.MSR_AMD64_OSVW_STATUS))
 _SYSENTER = frozenset((M.MSR_IA32_SYSENTER_ESP, M.MSR_IA32_SYSENTER_EIP))
+# KVM_X86_QUIRK_STUFF_FEATURE_MSRS gives a new vCPU what the host has in these.
+_STUFFED = frozenset((M.MSR_IA32_ARCH_CAPABILITIES, M.MSR_PLATFORM_INFO, M.MSR_IA32_PERF_CAPABILITIES,
+                      M.MSR_IA32_UCODE_REV))
+# Only one vendor's KVM knows these.
+_VENDORS_OWN = frozenset((M.MSR_IA32_FEAT_CTL, M.MSR_IA32_MCG_EXT_CTL, M.MSR_AMD64_DE_CFG, M.MSR_VM_CR,
+                          M.MSR_AMD64_TSC_RATIO))
 _MC_CTL2 = range(M.MSR_IA32_MC0_CTL2, M.MSR_IA32_MC0_CTL2 + KVM_MAX_MCE_BANKS)
 _MC_BANKS = frozenset((*range(M.MSR_IA32_MC0_CTL, M.MSR_IA32_MC0_CTL + 4 * KVM_MAX_MCE_BANKS), *_MC_CTL2))
 

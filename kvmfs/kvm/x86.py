@@ -10,10 +10,12 @@ from __future__ import annotations
 import errno
 import struct
 import threading
+from collections import deque
 from typing import TYPE_CHECKING, TypedDict
 
 from kvmfs.abi import exits as kx
-from kvmfs.abi.x86 import CR4_OSXSAVE
+from kvmfs.abi.flags import KVM_X86_QUIRK_MISC_ENABLE_NO_MWAIT, KVM_X86_QUIRK_OUT_7E_INC_RIP
+from kvmfs.abi.x86 import CR4_OSXSAVE, KVM_MAX_VCPU_IDS
 from kvmfs.cpu.cpu import (
     EXIT_FETCH,
     EXIT_IO_IN,
@@ -23,7 +25,8 @@ from kvmfs.cpu.cpu import (
     EXIT_NONE,
     EXIT_SVM,
 )
-from kvmfs.kvm import events
+from kvmfs.errors import KvmError
+from kvmfs.kvm import events, msr_filter
 from kvmfs.kvm.cpu_msrs import VcpuMsrs
 from kvmfs.kvm.cpuid import CpuidTable
 from kvmfs.kvm.emulate import bytes_beyond_page, prepare_emulation_failure
@@ -35,7 +38,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from kvmfs.kvm.host import RequestLike
-    from kvmfs.kvm.kvm_main import Vcpu
+    from kvmfs.kvm.kvm_main import Vcpu, Vm
+    from kvmfs.kvm.msr_filter import MsrFilter
 
 MP_STATE_RUNNABLE = 0
 APIC_BASE_RESET = 0xFEE00000 | 1 << 11
@@ -59,6 +63,7 @@ class CpuidState(TypedDict):
     osxsave: bool
     apic_enabled: bool
     xcr0: int
+    mwait: bool | None
 
 
 class VmArch:
@@ -70,6 +75,13 @@ class VmArch:
         self.exception_payload_enabled = False
         self.triple_fault_event = False
         self.bsp_vcpu_id = 0
+        self.max_vcpu_ids = 0               # KVM_CAP_MAX_VCPU_ID; 0: not set yet
+        self.disabled_quirks = 0
+        self.guest_can_read_msr_platform_info = True
+        self.user_space_msr_mask = 0        # KVM_MSR_EXIT_REASON_*
+        self.hypercall_exit_enabled = 0     # bit n: hypercall n exits
+        self.exit_on_emulation_error = False
+        self.msr_filter: MsrFilter | None = None
 
 
 class VcpuArch:
@@ -94,12 +106,20 @@ class VcpuArch:
         self.ran = False                    # has been in the guest: CPUID is fixed
         self.last_vmentry_cpu = 0xFFFFFFFF
         self.cpuid: CpuidTable = CpuidTable()
+        self.enforce_pv_cpuid = False       # KVM_CAP_ENFORCE_PV_FEATURE_CPUID
         self.msrs: MsrFile
+        # kvm_make_request: what is to be done before the next entry; appended to from any thread.
+        self.requests: deque[Callable[[Vcpu], None]] = deque()
 
     def cpuid_state(self, vcpu: Vcpu) -> CpuidState:
         """The state that CPUID mirrors, as arguments of kvmfs.kvm.cpuid."""
+        quirk = not vcpu.vm.arch.disabled_quirks & KVM_X86_QUIRK_MISC_ENABLE_NO_MWAIT
         return {"osxsave": bool(vcpu.cpu.cr4 & CR4_OSXSAVE), "apic_enabled": bool(self.apic_base & 1 << 11),
-                "xcr0": vcpu.cpu.xcr0}
+                "xcr0": vcpu.cpu.xcr0, "mwait": None if quirk else self.msrs.mwait_enabled}
+
+    def mirror_cpuid(self) -> None:
+        """Something has changed that CPUID mirrors."""
+        self.cpuid_changed = True
 
     def update_cpuid(self, vcpu: Vcpu) -> None:
         """``kvm_update_cpuid_runtime``, when something has changed that it mirrors."""
@@ -110,13 +130,26 @@ class VcpuArch:
 
 # ---- creation and reset ----------------------------------------------------------------------------------
 
+def vcpu_precreate(vm: Vm, vcpu_id: int) -> None:
+    """``kvm_arch_vcpu_precreate``.  EINVAL: an id that KVM_CAP_MAX_VCPU_ID has ruled out.  Caller has kvm->lock."""
+    arch = vm.arch
+    if not arch.max_vcpu_ids:
+        arch.max_vcpu_ids = KVM_MAX_VCPU_IDS
+    if vcpu_id >= arch.max_vcpu_ids:
+        raise KvmError(errno.EINVAL)
+    vm.vendor.vcpu_precreate(vm)
+
+
 def vcpu_create(vcpu: Vcpu) -> None:
     """``kvm_arch_vcpu_create``."""
     vendor, arch = vcpu.vm.vendor, vcpu.arch
     if vcpu.vcpu_id == vcpu.vm.arch.bsp_vcpu_id:
         arch.apic_base |= 1 << 8
-    arch.msrs = MsrFile(vendor.name, lambda: arch.cpuid, VcpuMsrs(vcpu))
+    arch.msrs = MsrFile(vendor.name, lambda: arch.cpuid, VcpuMsrs(vcpu), vcpu.vm.arch)
+    arch.msrs.cpuid_mirror_changed = arch.mirror_cpuid
     vendor.vcpu_create(vcpu)
+    if vcpu.vm.arch.msr_filter is not None:
+        msr_filter.msr_filter_changed(vcpu)
     vcpu_reset(vcpu, init_event=False)
 
 
@@ -234,6 +267,8 @@ def _enter_guest(vcpu: Vcpu, run: memoryview, arch: VcpuArch) -> int:
         arch.triple_fault = False
         _set_reason(run, _EXIT_REASON, kx.KVM_EXIT_SHUTDOWN)
         return 0
+    if arch.requests:
+        process_requests(vcpu)
     if arch.event_request:
         events.check_and_inject_events(vcpu)
     if arch.entry_check:
@@ -250,6 +285,13 @@ def _enter_guest(vcpu: Vcpu, run: memoryview, arch: VcpuArch) -> int:
     if arch.given:
         events.complete_events(vcpu)
     return _HANDLERS[kind](vcpu)
+
+
+def process_requests(vcpu: Vcpu) -> None:
+    """Requests in the order in which they were made; one may make another."""
+    requests = vcpu.arch.requests
+    while requests:
+        requests.popleft()(vcpu)
 
 
 def _post_run_save(vcpu: Vcpu) -> None:
@@ -342,6 +384,9 @@ def _exit_io_out(vcpu: Vcpu) -> int:
     run[PIO_DATA:PIO_DATA + size] = cpu.data[:size]
     _set_reason(run, _EXIT_REASON, kx.KVM_EXIT_IO)
     _set_io(run, _UNION, kx.KVM_EXIT_IO_OUT, e.size, e.port, e.count, PIO_DATA)
+    if e.port == 0x7E and not e.string and not vcpu.vm.arch.disabled_quirks & KVM_X86_QUIRK_OUT_7E_INC_RIP:
+        cpu.complete_io_out()                       # clients of old count on it: the guest is past the instruction
+        return 0
     arch.complete_userspace_io = _complete_io_out
     return 0
 

@@ -12,8 +12,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from kvmfs.abi import exits as kx
+from kvmfs.abi.cpuid import X86_FEATURE_MWAIT
+from kvmfs.abi.flags import KVM_X86_QUIRK_MWAIT_NEVER_UD_FAULTS
 from kvmfs.abi.x86 import CR4_OSXSAVE
-from kvmfs.kvm import events, mmu, regs
+from kvmfs.kvm import events, msr_filter, regs
 from kvmfs.kvm.emulate import (
     complete_insn_gp,
     decode,
@@ -22,6 +24,7 @@ from kvmfs.kvm.emulate import (
     read_operand16,
     skip_emulated_instruction,
 )
+from kvmfs.kvm.hypercall import emulate_hypercall
 
 if TYPE_CHECKING:
     from kvmfs.kvm.kvm_main import Vcpu
@@ -36,7 +39,6 @@ EXIT_INVLPGA, EXIT_MSR, EXIT_SHUTDOWN = 0x7A, 0x7C, 0x7F
 EXIT_VMRUN, EXIT_VMMCALL, EXIT_SKINIT = 0x80, 0x81, 0x86
 EXIT_WBINVD, EXIT_MONITOR, EXIT_MWAIT, EXIT_MWAIT_COND, EXIT_XSETBV = 0x89, 0x8A, 0x8B, 0x8C, 0x8D
 
-KVM_ENOSYS, KVM_EPERM = 1000, 1
 DR7_VOLATILE, DR7_FIXED_1 = 0xFFFF2BFF, 0x400
 
 _set_reason = struct.Struct("<I").pack_into
@@ -64,17 +66,15 @@ def _cpuid(vcpu: Vcpu) -> int:
 
 
 def _msr(vcpu: Vcpu) -> int:
-    cpu, index = vcpu.cpu, vcpu.cpu.gpr(RCX) & M32
-    if cpu.exit.info1:
-        value = (cpu.gpr(RAX) & M32) | (cpu.gpr(RDX) & M32) << 32
-        return complete_insn_gp(vcpu, vcpu.arch.msrs.set(index, value, host_initiated=False), 2)
-    read = vcpu.arch.msrs.get(index, host_initiated=False)
-    if read is None:
-        events.inject_gp(vcpu)
-        return 1
-    cpu.set_gpr(RAX, read & M32)
-    cpu.set_gpr(RDX, read >> 32)
-    return skip_emulated_instruction(vcpu, 2)
+    return msr_filter.emulate_wrmsr(vcpu) if vcpu.cpu.exit.info1 else msr_filter.emulate_rdmsr(vcpu)
+
+
+def _monitor_mwait(vcpu: Vcpu) -> int:
+    """``kvm_emulate_monitor_mwait``: they do nothing, or are unknown to the guest."""
+    if (vcpu.vm.arch.disabled_quirks & KVM_X86_QUIRK_MWAIT_NEVER_UD_FAULTS
+            and not vcpu.arch.cpuid.has(X86_FEATURE_MWAIT)):
+        return _undefined(vcpu)
+    return skip_emulated_instruction(vcpu, 3)
 
 
 def _rdpmc(vcpu: Vcpu) -> int:
@@ -172,23 +172,6 @@ def _write_dr7(vcpu: Vcpu) -> int:
     return complete_insn_gp(vcpu, not value >> 32, op.prefix_length + 3)
 
 
-def hypercall(vcpu: Vcpu) -> int:
-    """``kvm_emulate_hypercall``; the other vendor's instruction is patched first (KVM_X86_QUIRK_FIX_HYPERCALL_INSN)."""
-    cpu, own = vcpu.cpu, vcpu.vm.vendor.hypercall_bytes
-    if fetch(vcpu)[:3] != own:                      # VMCALL, too, leaves the engine as VMMCALL
-        mmu.write_virtual(vcpu, regs.linear_rip(vcpu), own)
-    wide = regs.is_64_bit_mode(vcpu)
-    number = cpu.gpr(RAX) if wide else cpu.gpr(RAX) & M32
-    if vcpu.vm.vendor.get_cpl(vcpu) != 0:
-        result = -KVM_EPERM
-    elif number == 1:                   # KVM_HC_VAPIC_POLL_IRQ
-        result = 0
-    else:
-        result = -KVM_ENOSYS
-    cpu.set_gpr(RAX, result & ((1 << 64) - 1) if wide else result & M32)
-    return skip_emulated_instruction(vcpu, 3)
-
-
 EXIT_HANDLERS: dict[int, Callable[[Vcpu], int]] = {
     EXIT_WRITE_CR0: _write_cr,
     EXIT_WRITE_CR4: _write_cr,
@@ -202,12 +185,11 @@ EXIT_HANDLERS: dict[int, Callable[[Vcpu], int]] = {
     EXIT_INVLPGA: _undefined,
     EXIT_MSR: _msr,
     EXIT_SHUTDOWN: _shutdown,
-    EXIT_VMMCALL: hypercall,
     EXIT_WBINVD: _skip(2),
-    EXIT_MONITOR: _skip(3),             # KVM_X86_QUIRK_MWAIT_NEVER_UD_FAULTS
-    EXIT_MWAIT: _skip(3),
-    EXIT_MWAIT_COND: _skip(3),
+    EXIT_MONITOR: _monitor_mwait,
+    EXIT_MWAIT: _monitor_mwait,
+    EXIT_MWAIT_COND: _monitor_mwait,
     EXIT_XSETBV: _xsetbv,
     **dict.fromkeys(range(EXIT_VMRUN, EXIT_SKINIT + 1), _undefined),
+    EXIT_VMMCALL: emulate_hypercall,
 }
-EXIT_HANDLERS[EXIT_VMMCALL] = hypercall

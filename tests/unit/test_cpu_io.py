@@ -53,13 +53,6 @@ def test_rip_stays_at_plain_io_until_completion():
     g.hlt()
 
 
-def test_out_7e_is_over_at_the_exit():
-    g = Guest("start: out 0x7e,al\n hlt")
-    assert g.cpu.run() == EXIT_IO_OUT
-    assert (g.cpu.rip, g.cpu.completion_pending) == (CODE + 2, False)
-    g.hlt()
-
-
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("size,suffix", [(1, "b"), (2, "w"), (4, "d")])
 def test_rep_outs(mode, size, suffix):
