@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 from kvmfs.api.vm_caps import enable_cap, set_boot_cpu_id, set_nr_mmu_pages, x86_set_msr_filter  # noqa: F401 (handlers)
 from kvmfs.errors import KvmError
 from kvmfs.kvm import caps, dirty_log
-from kvmfs.kvm.memslots import HostRange
 
 if TYPE_CHECKING:
     from kvmfs.kvm.host import RequestLike
@@ -73,9 +72,9 @@ def _set_region(vm: Vm, req: RequestLike, slot: int, flags: int, gpa: int, size:
     if change is None:
         return
     memory = None
-    if change.needs_memory:
+    if change.needs_memory and change.new is not None:
         # Not while holding the engine: the client's threads are stopped for this, also those in KVM_RUN.
-        memory = HostRange(hva, size, vm.host.guest_memory(req, hva, size))
+        memory = slots.host_range(change.new, vm.host.guest_memory(req, hva, size))
         vm.mirrored = vm.host.mirrors_memory
     try:
         slots.apply(change, memory)

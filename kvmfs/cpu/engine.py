@@ -61,12 +61,14 @@ class Engine:
             raise MemoryError(f"engine: {error}")
         self._engine = out
         self.lock = EngineLock(self._lib, out)
+        self.window: int = self._lib.nv_window(out)     # guest physical memory is mapped here, at window + gpa
         self.cpus: list[Cpu] = []
         self._regions: dict[int, tuple[int, int]] = {}
 
     def map(self, gpa: int, size: int, host_addr: int, *, readonly: bool = False) -> None:
-        """Make host memory guest memory; gpa, size and host_addr are multiples of 4096, the memory must stay mapped.
+        """Make host memory guest memory; gpa, size and host_addr are multiples of 4096.
 
+        It is either mapped at :attr:`window` + gpa already and stays there, or elsewhere as a shared mapping.
         A write to a readonly region is an MMIO write. ValueError: misaligned, overlapping, or beyond 40 bits.
         """
         if (gpa | size | host_addr) % _PAGE or not size or gpa + size > 1 << 40:
@@ -77,7 +79,7 @@ class Engine:
         self._regions[gpa] = (size, host_addr)
 
     def unmap(self, gpa: int, size: int) -> None:
-        """Take a region away, exactly as it was mapped (parts would be copied by Unicorn). ValueError: there is none."""
+        """Take a region away, exactly as it was mapped. ValueError: there is none."""
         if self._regions.get(gpa, (0, 0))[0] != size:
             raise ValueError(f"no region {gpa:#x}+{size:#x}")
         error = self._lib.nv_unmap(self._engine, gpa)

@@ -211,6 +211,7 @@ static bool h_mem(void *uc, int type, u64 gpa, int size, int64_t val, void *user
     Vcpu *v = cur;
     Engine *e = v->e;
     Exit *x = &v->exit;
+    gpa &= ~NOT_RAM;
     int recur = UC(int, UC_SIZE_RECUR), crossing = (gpa & 0xfff) + size > 4096;
     x->gpa = gpa;
     x->size = size;

@@ -221,6 +221,7 @@ def load() -> ctypes.CDLL:
         "nv_cpu_new": (ptr, (ptr,)),
         "nv_map": (i32, (ptr, u64, u64, ptr, i32)),
         "nv_unmap": (i32, (ptr, u64)),
+        "nv_window": (ptr, (ptr,)),
         "nv_invalidate": (None, (ptr, u64, u64)),
         "nv_log": (i32, (ptr, u64, ptr, u64)),
         "nv_log_set": (None, (ptr, u64, u64)),

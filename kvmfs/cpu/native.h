@@ -28,10 +28,10 @@ enum { // CPUX86State, from env
     K_DO_INTERRUPT = 16, K_TLB_FILL = 72, K_TLB_FILL_CPU = 80, K_PHYS_DEBUG = 96, K_EXEC_ENTER = 128,
     K_EXEC_EXIT = 136, K_EXEC_INTERRUPT = 144,
     // uc_engine
-    UC_MEMORY_MAPPING = 288, UC_INVALIDATE_TB = 376, UC_CPU = 440, UC_SIZE_RECUR = 1384, UC_STOP_REQUEST = 1389, UC_INVALID_ERROR = 1424,
+    UC_MEMORY_MAPPING = 288, UC_CPU = 440, UC_SIZE_RECUR = 1384, UC_STOP_REQUEST = 1389, UC_INVALID_ERROR = 1424,
     UC_NO_EXIT_REQUEST = 2034, UC_JMP_BUFS = 2040, UC_JMP_BUF_SIZE = 200, UC_NESTED_LEVEL = 14840,
     // MemoryRegion
-    MR_ADDR = 64, MR_PERMS = 136, MR_END = 144,
+    MR_PERMS = 136,
 };
 enum { HF_CPL = 3, HF_INHIBIT = 8, HF_CS32 = 1 << 4, HF_PE = 1 << 7, HF_LMA = 1 << 14, HF_CS64 = 1 << 15 };
 enum { FL_TF = 0x100, FL_IF = 0x200, FL_DF = 0x400, FL_IOPL = 0x3000, FL_RF = 0x10000, FL_VM = 0x20000 };
@@ -43,7 +43,10 @@ enum { TLB_INVALID = 1 << 11, TLB_MMIO_BIT = 1 << 9 };
 
 enum { EXIT_NONE, EXIT_SVM, EXIT_IO_IN, EXIT_IO_OUT, EXIT_MMIO_READ, EXIT_MMIO_WRITE, EXIT_FETCH, EXIT_ERROR };
 enum { PEND_NONE, PEND_OUT, PEND_IN, PEND_INS, PEND_MMIO };
-enum { MAX_KNOWN = 128, MAX_EVENTS = 128, SCRATCH_PAGES = 4, IO_DATA = 1024, MAX_CPUS = 4096, MAX_REGIONS = 1024 };
+enum { MAX_KNOWN = 128, MAX_EVENTS = 128, SCRATCH_PAGES = 4, IO_DATA = 1024, MAX_CPUS = 4096 };
+#define GPA_END (1ull << 40)      // QEMU's physical addresses have 40 bits
+#define NOT_RAM (1ull << 45)      // in the TLB: the page has no memory, or only to read
+#define AUX_BASE (1ull << 46)     // the vCPUs' VMCBs: no page table entry reaches them
 
 typedef struct Exit { // ctypes: cpu.ExitInfo
     int32_t kind;
@@ -89,7 +92,7 @@ typedef struct Vcpu {
 } Vcpu;
 
 // log: the dirty bitmap of the slot that the region belongs to, log_page the region's first page in it; NULL: not logged
-typedef struct { u64 gpa, size; u8 *host; u64 readonly; u64 *log, log_page; } Region;
+typedef struct { u64 gpa, size; u8 *host; u64 readonly, alias; u64 *log, log_page; } Region;
 typedef struct { u64 gpa, value; u32 size; } Walked; // a page table entry as it was before a walk
 typedef struct { u64 r, w, x, paddr, addend, pad[3]; } TlbEntry;
 typedef struct { u64 mask; TlbEntry *table; } TlbFast;
@@ -105,11 +108,10 @@ typedef struct Engine {
     void *(*memory_mapping)(void *, u64);
     u8 *code;      // one bit for each guest page that was executed
     u8 *scratch;   // what an instruction that is being completed reads
-    char dummy[512];
-    u32 hooks;
-    size_t hook_id[MAX_REGIONS * 4 + 8];
-    Region region[MAX_REGIONS];
-    int nregions, ncpus, nlogged;
+    char dummy[512], readonly_mr[512], *window_mr;
+    u8 *window;    // guest physical memory as one range of addresses
+    Region *region; // by address
+    int capacity, nregions, ncpus, nlogged;
     Walked walk[4];  // not looked at again yet
     int nwalk;
     Vcpu *cpus[MAX_CPUS];

@@ -11,7 +11,7 @@ static int load_symbols(const char *path) {
     void *lib = dlopen(path, RTLD_NOW | RTLD_NOLOAD);
     struct { const char *name; void *to; } sym[] = {
         {"uc_emu_start", &p_emu_start}, {"uc_emu_stop", &p_emu_stop}, {"uc_hook_add", &p_hook_add},
-        {"uc_hook_del", &p_hook_del}, {"uc_mem_map_ptr", &p_map_ptr}, {"uc_mem_unmap", &p_unmap},
+        {"uc_mem_map_ptr", &p_map_ptr},
         {"uc_reg_read", &p_reg_read}, {"helper_check_iob_x86_64", &p_check_io[0]},
         {"helper_check_iow_x86_64", &p_check_io[1]}, {"helper_check_iol_x86_64", &p_check_io[2]},
         {"tlb_flush_x86_64", &p_tlb_flush}, {"tb_flush_x86_64", &p_tb_flush},
@@ -45,29 +45,20 @@ static int check_layout(Engine *e, const char *path) {
 
 // A vCPU's VMCB and MSR permission map: VMCB page, 8 KiB of bitmap.
 enum { AUX_SIZE = 0x4000 };
-#define AUX_BASE (1ull << 46) // no page table entry reaches it: QEMU's physical addresses have 40 bits
 
-static int add_hook(Engine *e, int type, void *f, u64 from, u64 to, int insn) {
-    return p_hook_add(e->uc, &e->hook_id[e->hooks++], type, f, NULL, from, to, insn);
-}
-
-static void renew_hooks(Engine *e) {
-    for (u32 i = 0; i < e->hooks; i++) p_hook_del(e->uc, e->hook_id[i]);
-    e->hooks = 0;
-    u64 from = 0;
-    for (int i = 0; i <= e->nregions; i++) {
-        Region *r = &e->region[i];
-        u64 to = i < e->nregions ? r->gpa : AUX_BASE;
-        if (to > from) {
-            add_hook(e, HOOK_READ_UNMAPPED, (void *)h_mem, from, to - 1, 0);
-            add_hook(e, HOOK_WRITE_UNMAPPED, (void *)h_mem, from, to - 1, 0);
-            add_hook(e, HOOK_FETCH_UNMAPPED, (void *)h_mem, from, to - 1, 0);
-            add_hook(e, HOOK_WRITE_PROT, (void *)h_mem, from, to - 1, 0);
-        }
-        if (i == e->nregions) break;
-        if (r->readonly) add_hook(e, HOOK_WRITE_PROT, (void *)h_mem, r->gpa, r->gpa + r->size - 1, 0);
-        from = r->gpa + r->size;
-    }
+// All guest memory is one region for Unicorn, whose regions cost a walk through all others and are at most 4096. Where no slot is,
+// it reads as zeroes: only Unicorn's page walk looks there.
+static int open_window(Engine *e) {
+    int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+    e->window = mmap(NULL, GPA_END, PROT_READ, flags, -1, 0);
+    if (e->window == MAP_FAILED) return 2;
+    if (p_map_ptr(e->uc, 0, GPA_END, PROT_R | PROT_W | PROT_X, e->window)) return 3;
+    e->window_mr = e->memory_mapping(e->uc, 0);
+    size_t id; // hooks on RAM would keep its stores on the slow path
+    int types[] = {HOOK_READ_UNMAPPED, HOOK_WRITE_UNMAPPED, HOOK_FETCH_UNMAPPED, HOOK_WRITE_PROT};
+    for (int i = 0; i < 4; i++)
+        if (p_hook_add(e->uc, &id, types[i], (void *)h_mem, NULL, NOT_RAM, NOT_RAM + GPA_END - 1)) return 3;
+    return 0;
 }
 
 // insns: Unicorn's numbers of SYSCALL, IN, OUT. 0; 1 another layout, 2 out of memory, 3 refused by Unicorn.
@@ -103,7 +94,8 @@ int nv_engine_new(const char *path, char *uc, const int *insns, Engine **out) {
     for (int k = 0; k < 3; k++)
         if (p_hook_add(uc, &id, HOOK_INSN, f[k], NULL, (u64)1, (u64)0, insns[k])) return 3;
     if (p_hook_add(uc, &id, HOOK_INTR, (void *)h_intr, NULL, (u64)1, (u64)0)) return 3;
-    renew_hooks(e);
+    int err = open_window(e);
+    if (err) return err;
     install_tlb(e);
     *(void **)(e->cc + K_EXEC_ENTER) = (void *)our_exec_enter;
     *(void **)(e->cc + K_EXEC_EXIT) = (void *)our_exec_exit;
@@ -141,50 +133,67 @@ Vcpu *nv_cpu_new(Engine *e) {
     return err ? NULL : v;
 }
 
+// The index of the first region that ends after gpa.
+static int region_index(Engine *e, u64 gpa) {
+    int lo = 0, hi = e->nregions;
+    while (lo < hi) {
+        int mid = (lo + hi) / 2;
+        if (e->region[mid].gpa + e->region[mid].size <= gpa) lo = mid + 1;
+        else hi = mid;
+    }
+    return lo;
+}
+
+// Memory that is elsewhere appears in the window, too; it is a shared mapping. 0, 1 overlap, 2 out of memory, or an errno.
 int nv_map(Engine *e, u64 gpa, u64 size, u8 *host, int readonly) {
     enter(e, NULL, 1);
-    int err = e->nregions == MAX_REGIONS ? 2 : p_map_ptr(e->uc, gpa, size, PROT_R | PROT_X | (readonly ? 0 : PROT_W), host);
-    if (!err) {
-        int i = e->nregions++;
-        for (; i && e->region[i - 1].gpa > gpa; i--) e->region[i] = e->region[i - 1];
-        e->region[i] = (Region){gpa, size, host, readonly, NULL, 0};
-        renew_hooks(e);
+    int i = region_index(e, gpa), alias = host != e->window + gpa, err = 0;
+    if (i < e->nregions && e->region[i].gpa < gpa + size) err = 1;
+    if (!err && e->nregions == e->capacity) {
+        int capacity = e->capacity ? 2 * e->capacity : 64;
+        Region *more = realloc(e->region, capacity * sizeof *more);
+        if (more) e->region = more, e->capacity = capacity;
+        else err = 2;
     }
-    leave_engine(e, NULL);
-    return err;
-}
-
-static void invalidate_nothing(void *uc, u64 address, size_t size) {
-    (void)uc;
-    (void)address;
-    (void)size;
-}
-
-int nv_unmap(Engine *e, u64 gpa) {
-    int i = 0, err = 1;
-    enter(e, NULL, 1);
-    while (i < e->nregions && e->region[i].gpa != gpa) i++;
-    if (i < e->nregions) {
-        Region r = e->region[i];
-        settle_walk(e);
-        // Unicorn would take the region's addresses for virtual ones and fault; all translations go anyway (below), since
-        // another region may get its ram addresses
-        void *invalidate = UC(void *, UC_INVALIDATE_TB);
-        UC(void *, UC_INVALIDATE_TB) = (void *)invalidate_nothing;
-        err = p_unmap(e->uc, r.gpa, r.size);
-        UC(void *, UC_INVALIDATE_TB) = invalidate;
-        if (!err) {
-            e->nlogged -= r.log != NULL;
-            memmove(&e->region[i], &e->region[i + 1], (--e->nregions - i) * sizeof r);
-            renew_hooks(e);
-            for (u64 p = gpa >> 12; p < (gpa + r.size) >> 12; p++) e->code[p >> 3] &= ~(1 << (p & 7));
-        }
-        p_tb_flush(e->cpu);
+    if (!err && alias && mremap(host, 0, size, MREMAP_MAYMOVE | MREMAP_FIXED, e->window + gpa) == MAP_FAILED) err = errno;
+    if (!err) {
+        memmove(&e->region[i + 1], &e->region[i], (e->nregions++ - i) * sizeof(Region));
+        e->region[i] = (Region){gpa, size, e->window + gpa, readonly, alias, NULL, 0};
         p_tlb_flush(e->cpu);
     }
     leave_engine(e, NULL);
     return err;
 }
+
+static void drop_code(Engine *e, u64 gpa, u64 size) {
+    u64 ram = p_ram_addr(e->uc, e->window), end = (gpa + size) >> 12;
+    for (u64 p = gpa >> 12; p < end; p++) {
+        if (!e->code[p >> 3]) p |= 7;
+        else if (e->code[p >> 3] >> (p & 7) & 1) {
+            p_tb_invalidate(e->uc, ram + (p << 12), ram + ((p + 1) << 12));
+            e->code[p >> 3] &= ~(1 << (p & 7));
+        }
+    }
+}
+
+int nv_unmap(Engine *e, u64 gpa) {
+    enter(e, NULL, 1);
+    int i = region_index(e, gpa), err = i == e->nregions || e->region[i].gpa != gpa;
+    if (!err) {
+        Region r = e->region[i];
+        settle_walk(e);
+        drop_code(e, gpa, r.size);
+        e->nlogged -= r.log != NULL;
+        memmove(&e->region[i], &e->region[i + 1], (--e->nregions - i) * sizeof r);
+        int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED;
+        if (r.alias) mmap(e->window + gpa, r.size, PROT_READ, flags, -1, 0);
+        p_tlb_flush(e->cpu);
+    }
+    leave_engine(e, NULL);
+    return err;
+}
+
+u8 *nv_window(Engine *e) { return e->window; }
 
 void nv_invalidate(Engine *e, u64 gpa, u64 size) {
     u64 end = (gpa + size + 4095) & ~0xfffull;
@@ -193,9 +202,7 @@ void nv_invalidate(Engine *e, u64 gpa, u64 size) {
         if (p >> 40 || !(e->code[p >> 15] & (1 << (p >> 12 & 7)))) continue;
         if (!locked) enter(e, NULL, 1);
         locked = 1;
-        const Region *r = region_at(e, p);
-        if (!r) continue;
-        u64 ram = p_ram_addr(e->uc, r->host + (p - r->gpa));
+        u64 ram = p_ram_addr(e->uc, e->window + p);
         p_tb_invalidate(e->uc, ram, ram + 4096);
     }
     if (locked) leave_engine(e, NULL);
@@ -253,6 +260,8 @@ void nv_engine_close(Engine *e) {
     for (last = i; engines[last + 1]; last++) {}
     engines[i] = engines[last];
     engines[last] = NULL;
+    munmap(e->window, GPA_END);
+    free(e->region);
     munmap(e->code, 1 << 25);
     munmap(e->scratch, 4096 * SCRATCH_PAGES);
     for (i = 0; i < e->ncpus; i++) {

@@ -3,7 +3,8 @@
 //
 // 1. notdirty_write never cleans an entry whose addr_code is set, so stores to writable and executable pages would stay on
 //    the slow path for ever. A page that was never executed loses addr_code; at its first fetch every other entry goes.
-// 2. A page without memory behind it gets an entry that never hits (TLB_INVALID), so that each access comes through the
+// 2. For Unicorn all of guest physical memory is one region (the window), so that a slot costs it nothing: what is a slot and
+//    what is not is decided here. A page without memory behind it gets an entry that never hits (TLB_INVALID), so that each access comes through the
 //    load or store helper and its UNMAPPED callback, which has the exact address and size; while an instruction is completed the
 //    entry leads to a scratch page with the bytes that the read exit brought.
 // 3. A page of a slot that logs and is not in its dirty bitmap is never writable in the TLB, so that the first store to it comes
@@ -24,7 +25,7 @@ static Region *region_at(Engine *e, u64 gpa) {
 }
 
 static void drop(TlbEntry *t, u64 pa, const TlbEntry *keep) {
-    if (t != keep && (t->paddr & ~0xfffull) == pa && t->w != ~0ull) t->r = t->w = t->x = ~0ull;
+    if (t != keep && (t->paddr & ~(0xfffull | NOT_RAM)) == pa && t->w != ~0ull) t->r = t->w = t->x = ~0ull;
 }
 
 static void mark_dirty(const Region *r, u64 gpa) {
@@ -86,7 +87,7 @@ static bool our_tlb_fill(void *cs, u64 va, int size, int access, int mmu, bool p
     TlbFast *f = &F(TlbFast, TLB_FAST + 16 * mmu);
     TlbEntry *t = &f->table[(va >> 12) & (f->mask >> 6)];
     u64 pa = t->paddr & ~0xfffull, page = pa >> 12;
-    if (pa >> 40) return ok;
+    if (pa >= GPA_END) return ok;
     const Region *r = region_at(e, pa);
     if (!r) {
         u8 *host = e->scratch;
@@ -95,12 +96,16 @@ static bool our_tlb_fill(void *cs, u64 va, int size, int access, int mmu, bool p
             for (int i = 0; i < v->npages; i++)
                 if (v->page[i] == pa) host = e->scratch + 4096 * i;
         t->addend = (u64)host - (va & ~0xfffull);
-        // Unicorn leaves -1 in all three; the walk has just allowed this access
+        t->paddr |= NOT_RAM;
+        t->r = t->w = t->x = ~0ull; // the walk has just allowed this access, and no other
         if (access == 0) t->r = (va & ~0xfffull) | TLB_INVALID;
         if (access == 1) t->w = (va & ~0xfffull) | TLB_INVALID | TLB_MMIO_BIT;
         return ok;
     }
-    if (r->log && !r->readonly && t->w != ~0ull) {
+    if (r->readonly) {
+        t->paddr |= NOT_RAM;
+        if (t->w != ~0ull) t->w = (va & ~0xfffull) | TLB_INVALID | TLB_MMIO_BIT;
+    } else if (r->log && t->w != ~0ull) {
         if (access == 1) mark_dirty(r, pa);
         else if (!is_dirty(r, pa)) t->w = ~0ull;
     }
@@ -122,6 +127,12 @@ static bool our_tlb_fill(void *cs, u64 va, int size, int access, int mmu, bool p
     return ok;
 }
 
+static void *mapping_at(Engine *e, void *uc, u64 pa) {
+    if (pa >= GPA_END) return e->memory_mapping(uc, pa);
+    const Region *r = region_at(e, pa);
+    return !r ? NULL : r->readonly ? e->readonly_mr : e->window_mr;
+}
+
 // uc->memory_mapping: during a completion the pages that were read are there, readable only.
 static void *our_memory_mapping(void *uc, u64 pa) {
     Vcpu *v = cur;
@@ -129,9 +140,10 @@ static void *our_memory_mapping(void *uc, u64 pa) {
     if (!e || e->uc != uc) {
         for (int i = 0; engines[i]; i++)
             if (engines[i]->uc == uc) e = engines[i];
-        return e->memory_mapping(uc, pa);
+        return mapping_at(e, uc, pa & ~NOT_RAM);
     }
-    void *mr = e->memory_mapping(uc, pa);
+    pa &= ~NOT_RAM;
+    void *mr = mapping_at(e, uc, pa);
     if (mr || !v->replaying) return mr;
     UC(int, UC_INVALID_ERROR) = 0; // a skipped store before this access is no error
     if (v->allow) {
@@ -182,5 +194,5 @@ static int guest_fetch(Engine *e, const char *state, u64 va, u8 *buf, int n) {
 static void install_tlb(Engine *e) {
     *(void **)(e->cc + K_TLB_FILL) = (void *)our_tlb_fill;
     UC(void *, UC_MEMORY_MAPPING) = (void *)our_memory_mapping;
-    *(u32 *)(e->dummy + MR_PERMS) = 1 | 4;
+    *(u32 *)(e->dummy + MR_PERMS) = *(u32 *)(e->readonly_mr + MR_PERMS) = 1 | 4;
 }

@@ -33,8 +33,11 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_libc.mremap.restype = ctypes.c_void_p
+_libc.mremap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int]   # and where to
 _MAP_FAILED = ctypes.c_void_p(-1).value
 _MAP_FIXED, _MAP_NORESERVE = 0x10, 0x4000
+_MREMAP_MAYMOVE, _MREMAP_FIXED = 1, 2
 
 
 def _map(address: int | None, size: int, prot: int, flags: int, fd: int, offset: int) -> int:
@@ -44,28 +47,77 @@ def _map(address: int | None, size: int, prot: int, flags: int, fd: int, offset:
     return int(result)
 
 
-class HostRange:
-    """The mapping of one slot's memory in this process; closed when the slot goes."""
+def _reserve(at: int | None, size: int) -> int:
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE | (0 if at is None else _MAP_FIXED)
+    try:
+        return _map(at, size, mmap.PROT_READ, flags, -1, 0)
+    except OSError:
+        if at is None:
+            raise
+        _libc.munmap(at, size)      # vm.max_map_count is reached: one mapping less
+        return _map(at, size, mmap.PROT_READ, flags, -1, 0)
 
-    def __init__(self, hva: int, size: int, segments: Sequence[Segment]) -> None:
+
+@contextlib.contextmanager
+def _temporary(size: int) -> Iterator[int]:
+    at = _reserve(None, size)
+    try:
+        yield at
+    finally:
+        _libc.munmap(at, size)
+
+
+def _remap(address: int, size: int, to: int) -> None:
+    if _libc.mremap(address, size, size, _MREMAP_MAYMOVE | _MREMAP_FIXED, ctypes.c_void_p(to)) == _MAP_FAILED:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), "mremap of guest memory")
+
+
+class HostRange:
+    """The mapping of one slot's memory in this process; closed when the slot goes.
+
+    ``at`` is its place in the engine's window, which reads as zeroes where nothing is mapped.  What the guest must
+    not change is a private mapping: the engine sets accessed bits in page tables there, too, which nobody else sees.
+    """
+
+    def __init__(self, hva: int, size: int, segments: Sequence[Segment], at: int | None = None,
+                 *, readonly: bool = False) -> None:
         self.size = size
         self.pieces: list[tuple[int, int, bool]] = []      # offset in the slot, size, writable
-        none = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
-        self.address = _map(None, size, 0, none, -1, 0)
+        self._in_window = at is not None
+        self.address = _reserve(None, size) if at is None else at
         try:
             for segment in segments:
-                prot = mmap.PROT_READ | (mmap.PROT_WRITE if segment.writable else 0)
-                at = segment.hva - hva
-                _map(self.address + at, segment.size, prot, mmap.MAP_SHARED | _MAP_FIXED, segment.fd, segment.offset)
-                self.pieces.append((at, segment.size, segment.writable))
+                shared = segment.writable and not readonly
+                flags = _MAP_FIXED | (mmap.MAP_SHARED if shared else mmap.MAP_PRIVATE | _MAP_NORESERVE)
+                offset = segment.hva - hva
+                _map(self.address + offset, segment.size, mmap.PROT_READ | mmap.PROT_WRITE, flags, segment.fd,
+                     segment.offset)
+                self.pieces.append((offset, segment.size, segment.writable))
         except BaseException:
             self.close()
             raise
 
+    def move(self, to: int) -> None:
+        """To another place in the window, which may overlap with this one."""
+        if abs(to - self.address) < self.size:
+            with _temporary(self.size) as between:
+                self._move(between)
+                self._move(to)
+        else:
+            self._move(to)
+
+    def _move(self, to: int) -> None:
+        for offset, size, _ in self.pieces:
+            _remap(self.address + offset, size, to + offset)
+        _reserve(self.address, self.size)
+        self.address = to
+
     def close(self) -> None:
-        if self.address:
+        if self.address and self._in_window:
+            _reserve(self.address, self.size)
+        elif self.address:
             _libc.munmap(self.address, self.size)
-            self.address = 0
+        self.address = 0
 
 
 class MemSlot:
@@ -98,6 +150,8 @@ class Change(NamedTuple):
 class RamEngine(LogEngine, Protocol):
     """The CPU, which is told about every piece of memory that appears at or goes from a guest physical address."""
 
+    window: int
+
     def map(self, gpa: int, size: int, host_addr: int, *, readonly: bool = False) -> None: ...
     def unmap(self, gpa: int, size: int) -> None: ...
 
@@ -114,6 +168,10 @@ class MemSlots:
 
     def __iter__(self) -> Iterator[MemSlot]:
         return iter(self._by_gpa[1])
+
+    def host_range(self, slot: MemSlot, segments: Sequence[Segment]) -> HostRange:
+        """Map the client's memory where a new slot will be."""
+        return HostRange(slot.hva, slot.size, segments, self.engine.window + slot.gpa, readonly=slot.readonly)
 
     def by_id(self, number: int) -> MemSlot | None:
         """``id_to_memslot``."""
@@ -163,6 +221,8 @@ class MemSlots:
         else:
             new.memory, new.dirty_bitmap = old.memory, bitmap
             self._remove(old)
+            if old.memory is not None:
+                old.memory.move(old.memory.address + new.gpa - old.gpa)
             self._insert(new)
 
     def _bitmap(self, old: MemSlot | None, new: MemSlot) -> DirtyBitmap | None:
@@ -241,9 +301,10 @@ class MemSlots:
 
     def close(self) -> None:
         """Give all memory back."""
-        for slot in list(self):
-            self._remove(slot)
+        slots, self._slots, self._by_gpa = list(self), {}, ([], [])
+        for slot in reversed(slots):
             if slot.memory is not None:
+                self._hide(slot)
                 slot.memory.close()
 
     # ---- access by guest physical address -----------------------------------------------------------
