@@ -19,7 +19,7 @@
 static __thread Vcpu *cur; // the vCPU this thread runs
 static Engine *engines[MAX_CPUS + 1];
 static int (*p_emu_start)(void *, u64, u64, u64, size_t), (*p_emu_stop)(void *);
-static int (*p_hook_add)(void *, size_t *, int, void *, void *, u64, u64, ...);
+static int (*p_hook_add)(void *, size_t *, int, void *, void *, u64, u64, ...), (*p_hook_del)(void *, size_t);
 static int (*p_map_ptr)(void *, u64, u64, u32, void *);
 static int (*p_reg_read)(void *, int, void *);
 static void (*p_check_io[3])(void *, u32), (*p_tlb_flush)(void *), (*p_tb_flush)(void *);

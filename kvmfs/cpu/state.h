@@ -11,7 +11,7 @@ static int load_symbols(const char *path) {
     void *lib = dlopen(path, RTLD_NOW | RTLD_NOLOAD);
     struct { const char *name; void *to; } sym[] = {
         {"uc_emu_start", &p_emu_start}, {"uc_emu_stop", &p_emu_stop}, {"uc_hook_add", &p_hook_add},
-        {"uc_mem_map_ptr", &p_map_ptr},
+        {"uc_hook_del", &p_hook_del}, {"uc_mem_map_ptr", &p_map_ptr},
         {"uc_reg_read", &p_reg_read}, {"helper_check_iob_x86_64", &p_check_io[0]},
         {"helper_check_iow_x86_64", &p_check_io[1]}, {"helper_check_iol_x86_64", &p_check_io[2]},
         {"tlb_flush_x86_64", &p_tlb_flush}, {"tb_flush_x86_64", &p_tb_flush},
