@@ -17,6 +17,7 @@ import trio
 
 from kvmd import link as _link
 from kvmd import sandbox
+from kvmd.affinity import Follower
 from kvmd.host import VM_FILE_MODE, RelayedRequest, WorkerHost
 from kvmd.link import Link, LinkError, Message
 from kvmfs import vendor as vendors
@@ -74,6 +75,8 @@ class Worker:
                                passthrough=host.passthrough, max_idle=MAX_IDLE)
         self.operations = NodeOperations(opened=self._opened, released=self._released, uid=host.uid, gid=host.gid)
         self.operations.add_node(VM_INODE, VM_FILE, mode=VM_FILE_MODE, uid=host.uid, gid=host.gid)
+        self.follower = Follower(self.channel, host.process.task_fd)
+        self.channel.watch = self.follower.watch
         host.connect(self.channel, self.operations, self._copies)
         self._open_files = 0
 
@@ -147,7 +150,9 @@ class Worker:
             case "resume":
                 self.vm.resume()
             case "cpu_offline":
-                self._leave_cpu(message.integer("cpu", 0, 65535))
+                cpu = message.integer("cpu", 0, 65535)
+                self.follower.cpu_offline(cpu)
+                self._leave_cpu(cpu)
             case "stop":
                 self._stop()
             case "ioctl":

@@ -18,6 +18,7 @@ Why it is as it is (figures: one core, Linux 6.18, CPython 3.11):
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
@@ -25,7 +26,7 @@ import socket
 import struct
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 import pyfuse3
@@ -58,6 +59,7 @@ _IOCTL_REPLY_SIZE: Final = IOCTL_REPLY.size
 # Early interrupts live for the microseconds until the other thread looks at its request; those of requests
 # that were answered meanwhile are never asked for and fall out here.
 _MAX_EARLY: Final = 1024
+_WATCH_EVERY: Final = 64
 # The largest message that pyfuse3 sends: a READ or READDIR reply of MAX_WRITE bytes with its header.
 _MAX_REPLY: Final = 4 * BUFFER_SIZE
 
@@ -133,15 +135,19 @@ class Channel:
     passthrough  ask the kernel for passthrough; whether it is there is `passthrough` after `ready`
     max_idle     how many threads may wait for requests. One more than there are handlers that block at a time
                  never starts a thread on the way of an ioctl. May be changed at any time
+    watch        called in a reader thread, after the answer, for every 64th request whose handler had called
+                 `may_block`: the place to look now and then at where such calls come from
     on_end       called once, in a reader thread, when the kernel ended the connection (unmounted, the last
                  file of a detached mount closed, aborted); after that pyfuse3's main loop is stopped
     """
 
     def __init__(
         self, fuse_fd: int, ioctl: IoctlHandler, *, interrupt: Callable[[Request], None] | None = None,
-        passthrough: bool = False, max_idle: int = 2, on_end: Callable[[], None] | None = None,
+        passthrough: bool = False, max_idle: int = 2, watch: Callable[[Request], None] | None = None,
+        on_end: Callable[[], None] | None = None,
     ) -> None:
         self.max_idle = max_idle
+        self.watch = watch
         self.on_end = on_end
         self.inflight: dict[int, Request] = {}
         self.passthrough = False
@@ -159,6 +165,7 @@ class Channel:
         self._lock = threading.Lock()
         self._readers: dict[int, int] = {}  # thread ident -> native thread id
         self._reader_count = 0  # those that are being started included
+        self._cpus: frozenset[int] = frozenset()  # where readers may run; empty: as the process
         self._blocked: set[int] = set()  # idents of readers that are in a handler which may block
         self._end_seen = False
         self._trio_token: TrioToken | None = None
@@ -235,8 +242,19 @@ class Channel:
     # --- threads --------------------------------------------------------------------------------------------
 
     def threads(self) -> list[int]:
-        """The native ids of the threads that read requests (for sched_setaffinity)."""
+        """The native ids of the threads that read requests."""
         return list(self._readers.values())
+
+    def set_affinity(self, cpus: Iterable[int]) -> None:
+        """Bind the threads that read requests to these CPUs, also those that are started later.
+
+        All of them, because the kernel wakes now one and now another. OSError: none of the CPUs can be used.
+        """
+        with self._lock:
+            self._cpus = frozenset(cpus)
+            for tid in self._readers.values():
+                with contextlib.suppress(ProcessLookupError):
+                    os.sched_setaffinity(tid, self._cpus)
 
     def may_block(self) -> None:
         """The calling handler may take long: make sure that somebody else reads meanwhile.
@@ -282,6 +300,9 @@ class Channel:
         ident = threading.get_ident()
         with self._lock:
             self._readers[ident] = threading.get_native_id()
+            if self._cpus:
+                with contextlib.suppress(OSError):  # they went offline; nobody is bound there any more
+                    os.sched_setaffinity(0, self._cpus)
         try:
             self._serve(ident)
         except Exception:
@@ -302,6 +323,7 @@ class Channel:
         view = memoryview(buffer)
         buffers = [buffer]
         outcome: Outcome
+        until_watch = _WATCH_EVERY
         while True:
             try:
                 length = readv(fd, buffers)
@@ -334,7 +356,11 @@ class Channel:
                 outcome = -eio
             # Before the answer: the client's next request may be read before this thread comes on, and must
             # find it idle, or it would start a thread each time.
-            leave = ident in blocked and self._returned(ident)
+            leave = look = False
+            if ident in blocked:
+                leave = self._returned(ident)
+                until_watch -= 1
+                look = until_watch == 0
             if outcome is not None:
                 if claim(unique, None) is None:
                     _log.error("%r was answered by its handler and then once more with %r", request, outcome)
@@ -351,6 +377,10 @@ class Channel:
                     self._send(request, 0, outcome)
             if leave:
                 return
+            if look:
+                until_watch = _WATCH_EVERY
+                if self.watch is not None:
+                    self.watch(request)
 
     # --- answers --------------------------------------------------------------------------------------------
 
