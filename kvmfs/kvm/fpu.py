@@ -15,21 +15,23 @@ _HEAD = struct.Struct("<HHBBHQQII")     # fcw fsw ftw(abridged) reserved fop rip
 
 
 def get_fpu(vcpu: Vcpu) -> KvmFpu:
-    """KVM_GET_FPU (api.rst 4.22): ``ftwx`` is the abridged tag word, one bit a register in use."""
+    """KVM_GET_FPU (api.rst 4.22): ``ftwx`` is the abridged tag word, one bit a register in use.
+
+    As in Linux ``mxcsr`` is not filled in (0): KVM_GET_XSAVE has it.
+    """
     image = vcpu.cpu.fxsave()
-    fcw, fsw, ftw, _, fop, ip, dp, mxcsr, _ = _HEAD.unpack_from(image)
+    fcw, fsw, ftw, _, fop, ip, dp, _, _ = _HEAD.unpack_from(image)
     out = bytearray(bytes(KvmFpu()))
     out[0:128] = image[32:160]
     struct.pack_into("<HHBBHQQ", out, 128, fcw, fsw, ftw, 0, fop, ip, dp)
     out[152:408] = image[160:416]
-    struct.pack_into("<I", out, 408, mxcsr)
     return KvmFpu.from_buffer_copy(out)
 
 
 def set_fpu(vcpu: Vcpu, fpu: KvmFpu) -> None:
-    """KVM_SET_FPU (api.rst 4.23)."""
+    """KVM_SET_FPU (api.rst 4.23); MXCSR stays what it is."""
     data = bytes(fpu)
     fcw, fsw, ftw, _, fop, ip, dp = struct.unpack_from("<HHBBHQQ", data, 128)
-    mxcsr, = struct.unpack_from("<I", data, 408)
-    head = _HEAD.pack(fcw, fsw, ftw, 0, fop, ip, dp, mxcsr & 0xFFFF, 0xFFFF)
+    *_, mxcsr, mask = _HEAD.unpack_from(vcpu.cpu.fxsave())
+    head = _HEAD.pack(fcw, fsw, ftw, 0, fop, ip, dp, mxcsr, mask)
     vcpu.cpu.fxrstor((head + data[0:128] + data[152:408]).ljust(512, b"\0"))

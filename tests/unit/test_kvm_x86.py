@@ -394,7 +394,7 @@ def test_fpu_round_trip(machine):
     m = machine("amd")
     fpu = bytearray(m.vcpu_ioctl(K.KVM_GET_FPU)[1])
     assert struct.unpack_from("<HH", fpu, 128) == (0x37F, 0)
-    assert struct.unpack_from("<I", fpu, 408) == (0x1F80,)
+    assert struct.unpack_from("<I", fpu, 408) == (0,)       # Linux leaves mxcsr out, both ways
     fpu[0:10] = bytes(range(10))
     fpu[152:408] = bytes(i & 0xFF for i in range(256))
     struct.pack_into("<HHB", fpu, 128, 0x27F, 0x3800, 0x80)
