@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from kvmfs.abi.exits import KVM_API_VERSION
+from kvmfs.abi.flags import KVM_X86_XCOMP_GUEST_SUPP
 from kvmfs.abi.x86 import KVM_MAX_CPUID_ENTRIES
 from kvmfs.errors import KvmError
 from kvmfs.kvm import caps, cpuid, cpuid_supported, msr_lists
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 _CPUID_HEADER = struct.Struct("<II")    # nent, padding
 _MSRS_HEADER = struct.Struct("<II")     # nmsrs, pad
+_DEVICE_ATTR = struct.Struct("<IIQQ")   # flags, group, attr, addr
 _LIST_HEADER = struct.Struct("<I")      # nmsrs
 
 
@@ -114,3 +116,24 @@ def get_msrs(kvm: Kvm, req: RequestLike) -> int:
     vendor = kvm.vendor.name
     return msr_lists.get_msrs(kvm.memory_of(req), req.arg, nmsrs,
                               lambda index: msr_lists.get_feature_msr(vendor, index))
+
+
+def get_device_attr(kvm: Kvm, req: RequestLike) -> int:
+    """KVM_GET_DEVICE_ATTR on the node (api.rst 4.80): an 8-byte value.  ENXIO: no such attribute; EFAULT."""
+    _, group, attr, address = _DEVICE_ATTR.unpack(req.data)
+    value = _device_attr(group, attr)
+    kvm.memory_of(req).write(address, value.to_bytes(8, "little"))
+    return 0
+
+
+def has_device_attr(kvm: Kvm, req: RequestLike) -> int:
+    """KVM_HAS_DEVICE_ATTR on the node (api.rst 4.81).  ENXIO: no such attribute."""
+    _, group, attr, _ = _DEVICE_ATTR.unpack(req.data)
+    _device_attr(group, attr)
+    return 0
+
+
+def _device_attr(group: int, attr: int) -> int:
+    if group or attr != KVM_X86_XCOMP_GUEST_SUPP:
+        raise KvmError(errno.ENXIO)
+    return cpuid.SUPPORTED_XCR0

@@ -12,6 +12,23 @@ from typing import TYPE_CHECKING
 
 from kvmfs.abi.structs import KvmFpu, KvmSregs, KvmVcpuEvents
 from kvmfs.api.vcpu_caps import enable_cap  # noqa: F401 (a handler)
+from kvmfs.api.vcpu_state import (  # noqa: F401 (handlers)
+    get_debugregs,
+    get_lapic,
+    get_sregs2,
+    get_xcrs,
+    get_xsave,
+    get_xsave2,
+    set_debugregs,
+    set_guest_debug,
+    set_lapic,
+    set_sregs2,
+    set_vapic_addr,
+    set_xcrs,
+    set_xsave,
+    tpr_access_reporting,
+    translate,
+)
 from kvmfs.errors import KvmError
 from kvmfs.kvm import cpuid, events, fpu, msr_lists, regs
 from kvmfs.kvm.x86 import MP_STATE_RUNNABLE

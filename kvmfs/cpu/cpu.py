@@ -5,8 +5,8 @@ Numbers follow AMD's APM volume 2 (SVM): exit codes, segment attributes, interce
 there; nothing has to be copied. How each exit leaves the registers is written at :class:`Cpu.run`.
 
 EFER is not passed through (as the SYSCALL MSRs are): its SVME bit must stay set in the engine and must not be seen by the
-guest, so RDMSR and WRMSR of it exit and :attr:`Cpu.efer` hides the bit. Debug registers are state only: breakpoints do not fire
-(QEMU's would end in its debugger), therefore MOV to DR7 exits (0x37).
+guest, so RDMSR and WRMSR of it exit and :attr:`Cpu.efer` hides the bit. The debug registers are state only; which breakpoints
+are in force is said with :meth:`Cpu.set_breakpoints`, therefore MOV to DR7 exits (0x37).
 """
 
 from __future__ import annotations
@@ -163,13 +163,9 @@ class Cpu(StateFields):
         """Whether the last I/O exit is still to be completed."""
         return self._info.pend != 0
 
-    def skip_instruction(self, length: int) -> int:
-        """Step over the instruction at rip: interrupt shadow and RF end, a single-step trap becomes pending.
-
-        0; EXIT_SVM (with exit.code 0x41) when there is such a trap and #DB is intercepted.
-        """
-        kind: int = self._lib.nv_skip(self._ptr, length)
-        return kind
+    def skip_instruction(self, length: int) -> None:
+        """Step over the instruction at rip: interrupt shadow and RF end. A single-step trap is the caller's."""
+        self._lib.nv_skip(self._ptr, length)
 
     def insn_bytes(self, count: int = 15) -> bytes:
         """Up to count bytes at cs:rip; fewer where memory ends."""
@@ -210,15 +206,16 @@ class Cpu(StateFields):
         """Deliver an NMI at the next entry, or when the guest's IRET ends NMI blocking."""
         self._info.nmi = 1
 
-    def inject_exception(self, vector: int, error_code: int | None = None, *, soft: bool = False) -> None:
+    def inject_exception(self, vector: int, error_code: int | None = None, *, soft: bool = False, length: int = 0) -> None:
         """Deliver an exception before the next instruction, with double-fault rules; CR2 is the caller's.
 
-        error_code matters for the vectors that push one. soft: an INT n, INT3 or INTO, whose rip is already after it.
+        error_code matters for the vectors that push one. soft: an INT n, INT3 or INTO, whose rip is already after it,
+        or has yet to go ``length`` bytes further for the frame.
         """
         info = self._info
         info.exc_vector = vector
         info.exc_error = error_code or 0
-        info.exc_soft = soft
+        info.exc_soft = 1 + length if soft else 0
         self._has_error_code = error_code is not None
 
     def pending_injection(self) -> list[Injection]:
@@ -261,6 +258,22 @@ class Cpu(StateFields):
         s = self._s
         s.intercept_cr_read, s.intercept_cr_write = cr_read, cr_write
         s.intercept_dr_read, s.intercept_dr_write = dr_read, dr_write | 0x80
+
+    def set_dr_intercepts(self, read: int, write: int) -> None:
+        """Bit n: MOV from or to DRn exits (0x20, 0x30 + n). DR7 writes do always."""
+        self._s.intercept_dr_read, self._s.intercept_dr_write = read, write | 0x80
+
+    def set_breakpoints(self, dr7: int, addresses: Sequence[int]) -> None:
+        """The breakpoints in force: four linear addresses, and what they are for as in DR7 (I/O breakpoints never hit).
+
+        A hit leaves with exit.code 0x41 whatever is intercepted, and info2 is its cause as bits of DR6. An execution
+        breakpoint stops at its instruction and sets RF, with which the next run goes on; a data breakpoint stops after.
+        With #DB intercepted (set_exception_intercepts) DR6 reads as 0xffff0ff0 in the guest, and no #DB changes :meth:`dr`.
+        """
+        info = self._info
+        info.bp_dr7 = dr7 & 0xFFFFFFFF
+        info.bp[:] = list(addresses)
+        info.flush = 1  # pages with data breakpoints have TLB entries of their own
 
     def msr_passthrough(self, msr: int, read: bool, write: bool) -> None:
         """Whether RDMSR / WRMSR of an MSR that the engine has go without exit. ValueError: outside the map's ranges."""

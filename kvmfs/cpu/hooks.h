@@ -21,6 +21,8 @@ static void deliver(Vcpu *v, int vector, int soft) {
     Engine *e = v->e;
     usable_tss(e);
     mask_flags(e);
+    if (!soft && vector != 1) v->hits = 0; // the instruction did not end
+    if (soft) F(u64, EFLAGS) &= ~(u64)FL_RF;
     v->delivering = vector;
     v->delivering_soft = soft;
     e->do_interrupt(e->cpu); // a nested fault jumps into cpu_exec and comes back through h_intr
@@ -34,6 +36,14 @@ static void vmexit(Vcpu *v, u32 code) {
     v->exit.code = code;
     v->exit.info1 = (u32)F(int32_t, ERROR_CODE);
     v->exit.info2 = *(u64 *)(v->vmcb + VMCB_INFO2);
+    if (code == 0x41) { // info2: what would become bits of DR6
+        v->exit.info2 = ((DR6(e->env) ^ DR6_ACTIVE_LOW) & 0xe000) | v->hits;
+        v->hits = 0;
+        if (v->replaying) { // after the instruction's I/O
+            v->trap = v->exit.info2;
+            leave(v, EXIT_NONE);
+        }
+    }
     v->delivering = -1;
     leave(v, EXIT_SVM);
 }
@@ -243,7 +253,7 @@ static bool our_exec_interrupt(void *cs, int request) {
     Engine *e = engine_of(cs);
     Vcpu *v = cur;
     if (!v) return e->exec_interrupt(cs, request);
-    if (v->replaying) { // the second call: the one instruction is done
+    if (v->replaying || v->alone) { // the second call: the one instruction is done
         if (v->steps++) p_emu_stop(e->uc);
         return false;
     }
@@ -253,8 +263,8 @@ static bool our_exec_interrupt(void *cs, int request) {
         F(u32, C_IRQ) &= ~(u32)IRQ_OURS;
         F(int32_t, C_EXC_INDEX) = vector;
         F(int32_t, ERROR_CODE) = v->exc_error;
-        F(int32_t, IS_INT) = v->exc_soft;
-        F(u64, NEXT_EIP) = F(u64, EIP);
+        F(int32_t, IS_INT) = v->exc_soft != 0;
+        F(u64, NEXT_EIP) = F(u64, EIP) + (v->exc_soft ? v->exc_soft - 1 : 0);
         F(int32_t, OLD_EXCEPTION) = vector == 8 || vector == 14 || vector == 0 || (vector >= 10 && vector <= 13) ? vector : -1;
         deliver(v, vector, v->exc_soft);
         return true;

@@ -169,6 +169,8 @@ class VcpuInfo(ctypes.Structure):
         ("vmcb_gpa", ctypes.c_uint64),
         ("vmcb", ctypes.c_uint64),
         ("home", ctypes.c_uint64),
+        ("bp", ctypes.c_uint64 * 4),
+        ("bp_dr7", ctypes.c_uint32),
         ("flush", ctypes.c_int32),
         ("intr_vector", ctypes.c_int32),
         ("window", ctypes.c_int32),
@@ -185,6 +187,8 @@ class VcpuInfo(ctypes.Structure):
     vmcb_gpa: int
     vmcb: int
     home: int
+    bp: ctypes.Array[ctypes.c_uint64]
+    bp_dr7: int
     flush: int
     intr_vector: int
     window: int
@@ -234,7 +238,7 @@ def load() -> ctypes.CDLL:
         "nv_run": (i32, (ptr,)),
         "nv_complete": (i32, (ptr,)),
         "nv_commit": (None, (ptr,)),
-        "nv_skip": (i32, (ptr, i32)),
+        "nv_skip": (None, (ptr, i32)),
         "nv_insn_bytes": (i32, (ptr, ptr, i32)),
         "nv_translate": (u64, (ptr, u64)),
         "nv_fxsave": (None, (ptr, ptr)),

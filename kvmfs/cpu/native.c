@@ -25,6 +25,9 @@ static int (*p_reg_read)(void *, int, void *);
 static void (*p_check_io[3])(void *, u32), (*p_tlb_flush)(void *), (*p_tb_flush)(void *);
 static void (*p_tb_invalidate)(void *, u64, u64), (*p_mxcsr)(void *), (*p_fpuc)(void *);
 static u64 (*p_ram_addr)(void *, void *);
+static bool (*p_restore)(void *, u64, bool);
+static int (*p_bp_insert)(void *, u64, int, void **);
+static void (*p_bp_remove)(void *, void *);
 
 static Engine *engine_of(void *cs) {
     if (cur && cur->e->cpu == cs) return cur->e;
@@ -50,6 +53,13 @@ _Noreturn static void leave(Vcpu *v, int kind) {
     bail(v->e);
 }
 
+static void invalidate_nothing(void *uc, u64 address, size_t size) {
+    (void)uc;
+    (void)address;
+    (void)size;
+}
+
+#include "debug.h"
 #include "hooks.h"
 
 // --- the guest runs -------------------------------------------------------------------------------------------------------
@@ -62,7 +72,7 @@ static void our_exec_enter(void *cs) {
     Engine *e = engine_of(cs);
     e->exec_enter(cs);
     Vcpu *v = cur;
-    if (!v || v->replaying) return;
+    if (!v || v->replaying || v->alone) return;
     // Entered again within a run: the guest executed PAUSE, so somebody who waits may be who it waits for.
     if (v->entered++ && e->ticket - e->serving > 1) atomic_store(&v->yield, 1);
     if (atomic_load(&v->kick) || atomic_load(&v->yield)) p_emu_stop(e->uc);
@@ -88,12 +98,36 @@ static void start(Vcpu *v, int guest) {
     lock(v);
     v->in_guest = guest;
     unlock(v);
+    // As hardware loads it for a guest that is being debugged; the guest's own is what its debugger's #DB does not change.
+    u64 dr6 = DR6(e->env);
+    int debugged = F(u32, ICEPT_EXC) & 2;
+    if (debugged) DR6(e->env) = DR6_ACTIVE_LOW;
     p_emu_start(e->uc, F(u64, EIP), 0, 0, 0);
+    if (debugged) DR6(e->env) = dr6;
     lock(v);
     v->in_guest = 0;
     unlock(v);
     F(u8, C_EXIT_REQUEST) = 0;
     F(u32, C_CFLAGS_NEXT) = ~0u;
+}
+
+static int is_iret(Engine *e, const Vcpu *v) {
+    Insn in;
+    decode(e, v->state, &in);
+    return !in.two && in.op == 0xcf;
+}
+
+// One instruction and no event; RF keeps its breakpoint from coming (again).
+static void single(Vcpu *v) {
+    Engine *e = v->e;
+    int keep = !e->nbreaks || is_iret(e, v);
+    v->steps = 0;
+    if (e->nbreaks) F(u64, EFLAGS) |= FL_RF;
+    F(u32, C_IRQ) = IRQ_OURS;
+    F(u32, C_CFLAGS_NEXT) = 1;
+    start(v, 0);
+    if (!keep) F(u64, EFLAGS) &= ~(u64)FL_RF;
+    F(u32, C_IRQ) = 0;
 }
 
 static int replay(Vcpu *v) {
@@ -102,7 +136,7 @@ static int replay(Vcpu *v) {
     decode(e, v->state, &in);
     v->movbe = in.movbe;
     v->nev = v->evpos = 0;
-    v->steps = v->used = v->allow = 0;
+    v->used = v->allow = 0;
     v->npages = 0;
     for (int i = 0; i < v->nknown; i++) {
         Known *k = &v->known[i];
@@ -116,11 +150,10 @@ static int replay(Vcpu *v) {
         memcpy(e->scratch + 4096 * p + (k->gpa & 0xfff), k->data, k->size);
     }
     v->replaying = 1;
-    F(u32, C_IRQ) = IRQ_OURS;
-    F(u32, C_CFLAGS_NEXT) = 1;
-    start(v, 0);
+    v->trap = 0;
+    single(v);
     v->replaying = 0;
-    F(u32, C_IRQ) = 0;
+    if (v->nev) v->trap = 0; // nor does Linux's emulator trap after an access that the client has to complete
     if (v->exit.kind) {
         v->nev = 0;
         return v->exit.kind;
@@ -143,21 +176,31 @@ static int next_event(Vcpu *v) {
     return x->kind = ev->kind;
 }
 
-static int skip(Vcpu *v, int len) {
+static void advance(Vcpu *v, int len) {
     set_eip(v->state, S(u64, EIP) + len);
     S(u32, HFLAGS) &= ~HF_INHIBIT;
     S(u64, EFLAGS) &= ~(u64)FL_RF;
+}
+
+static int skip(Vcpu *v, int len) {
+    advance(v, len);
     if (!(S(u64, EFLAGS) & FL_TF)) return EXIT_NONE;
-    ((u64 *)(v->state + DR))[6] |= 0x4000;
     if (S(u32, ICEPT_EXC) & 2) {
-        v->exit.code = 0x41;
-        v->exit.info2 = 0;
-        v->exit.info1 = 0;
-        return v->exit.kind = EXIT_SVM;
+        report_db(v, DR6_BS);
+        return EXIT_SVM;
     }
+    DR6(v->state) |= DR6_BS;
     v->exc_vector = 1;
     v->exc_error = v->exc_soft = 0;
     return EXIT_NONE;
+}
+
+// #DB after an instruction that has come to its end, its I/O included.
+static int trapped(Vcpu *v) {
+    if (v->nev || v->pend || !(v->hits | v->trap)) return EXIT_NONE;
+    report_db(v, v->hits | v->trap);
+    v->hits = v->trap = 0;
+    return EXIT_SVM;
 }
 
 // After a replay (or a first pass that has to be replayed): what Python is told.
@@ -240,6 +283,7 @@ static void enter(Engine *e, Vcpu *v, int quick) {
         memcpy(e->env, v->image, STATE_SIZE);
         v->state = e->env;
     }
+    if (e->nbreaks || v->bp_dr7 & 0xff) sync_breaks(e, v);
     if (e->last != v || v->flush) {
         e->last = v;
         v->flush = 0;
@@ -287,6 +331,7 @@ int nv_complete(Vcpu *v) {
     if (!v->nev && !v->pend) return v->exit.kind = EXIT_NONE;
     enter(e, v, 0);
     int kind = complete(v);
+    if (!kind) kind = trapped(v);
     leave_engine(e, v);
     return v->exit.kind = kind;
 }
@@ -301,11 +346,25 @@ int nv_run(Vcpu *v) {
                 leave_engine(e, v);
                 return v->exit.kind = EXIT_NONE;
             }
+            kind = trapped(v);
+            if (kind) break;
             arm(v);
-            start(v, 1);
-            v->nmi = (F(u32, C_IRQ) & IRQ_NMI) != 0;
-            F(u32, C_IRQ) = 0;
+            if (v->exc_vector < 0 && (v->restep || (e->nbreaks && F(u64, EFLAGS) & FL_RF))) {
+                v->restep = 0;
+                v->alone = 1;
+                single(v);
+                v->alone = 0;
+            } else {
+                start(v, 1);
+                v->nmi = (F(u32, C_IRQ) & IRQ_NMI) != 0;
+                F(u32, C_IRQ) = 0;
+            }
             UC(int, UC_SIZE_RECUR) = 0;
+            if (v->exit.kind == EXIT_ALONE) {
+                v->restep = 1;
+                v->hits = 0;
+                continue;
+            }
             kind = finish(v, v->exit.kind);
         }
         atomic_store(&v->yield, 0);

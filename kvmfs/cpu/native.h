@@ -25,7 +25,7 @@ enum { // CPUX86State, from env
     TLB_FAST = -64, TLB_DESC = TLB_FAST - 3 * 696, TLB_DESC_SIZE = 696, TLB_DESC_VTABLE = 48, VTLB_SIZE = 8,
     ENV_UC = 7000,
     // CPUClass
-    K_DO_INTERRUPT = 16, K_TLB_FILL = 72, K_TLB_FILL_CPU = 80, K_PHYS_DEBUG = 96, K_EXEC_ENTER = 128,
+    K_DO_INTERRUPT = 16, K_TLB_FILL = 72, K_TLB_FILL_CPU = 80, K_PHYS_DEBUG = 96, K_DEBUG_EXCP = 120, K_EXEC_ENTER = 128,
     K_EXEC_EXIT = 136, K_EXEC_INTERRUPT = 144,
     // uc_engine
     UC_MEMORY_MAPPING = 288, UC_INVALIDATE_TB = 376, UC_CPU = 440, UC_SIZE_RECUR = 1384, UC_STOP_REQUEST = 1389, UC_INVALID_ERROR = 1424,
@@ -41,7 +41,8 @@ enum { VMCB_INT_VECTOR = 0x64, VMCB_INFO2 = 0x80 };
 enum { EXCP_INTERRUPT = 0x10000, EXCP_VMEXIT = 0x100 };
 enum { TLB_INVALID = 1 << 11, TLB_MMIO_BIT = 1 << 9 };
 
-enum { EXIT_NONE, EXIT_SVM, EXIT_IO_IN, EXIT_IO_OUT, EXIT_MMIO_READ, EXIT_MMIO_WRITE, EXIT_FETCH, EXIT_ERROR };
+enum { EXIT_NONE, EXIT_SVM, EXIT_IO_IN, EXIT_IO_OUT, EXIT_MMIO_READ, EXIT_MMIO_WRITE, EXIT_FETCH, EXIT_ERROR,
+       EXIT_ALONE }; // the last stays in here: the next instruction is to be executed by itself
 enum { PEND_NONE, PEND_OUT, PEND_IN, PEND_INS, PEND_MMIO };
 enum { MAX_KNOWN = 128, MAX_EVENTS = 128, SCRATCH_PAGES = 4, IO_DATA = 1024, MAX_CPUS = 4096 };
 #define GPA_END (1ull << 40)      // QEMU's physical addresses have 40 bits
@@ -68,13 +69,15 @@ typedef struct Vcpu {
     u64 vmcb_gpa;
     u8 *vmcb;
     char *home;           // where the state is while the vCPU does not run
+    u64 bp[4];            // breakpoints: linear addresses,
+    u32 bp_dr7;           // and what they are, as in DR7
     int32_t flush;        // the TLB does not fit the state any more
     int32_t intr_vector;  // interrupt to deliver, -1 none
     int32_t window;       // report when interrupts can be taken (exit 0x64), one shot
     int32_t nmi;          // NMI to deliver
     int32_t exc_vector;   // exception to deliver, -1 none
     int32_t exc_error;    // its error code
-    int32_t exc_soft;     // 1: INTn/INT3/INTO: rip is already after it
+    int32_t exc_soft;     // INTn/INT3/INTO: 1 + bytes of it that rip is not past yet
     int32_t pend;
     int32_t ud_exits;     // #UD is reported, not delivered
     atomic_int kick, yield;
@@ -88,6 +91,9 @@ typedef struct Vcpu {
     Known known[MAX_KNOWN];
     u64 page[SCRATCH_PAGES];
     int nknown, npages, nev, evpos;
+    int alone, restep;    // an instruction is executed by itself; the next one is to be
+    u64 hits, trap;       // causes of a #DB that comes after the instruction: data breakpoints; single step
+    u64 cross_va, cross_n, cross_ra;
     Event ev[MAX_EVENTS];
 } Vcpu;
 
@@ -120,6 +126,10 @@ typedef struct Engine {
     pthread_mutex_t m;
     pthread_cond_t c;
     u64 ticket, serving;
+    u64 breaks[4]; // execution breakpoints that the translator has
+    void *break_ref[4];
+    int nbreaks;
+    size_t block_hook;
     int quick;     // waiters that want the engine at once
 } Engine;
 

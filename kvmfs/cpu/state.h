@@ -17,6 +17,8 @@ static int load_symbols(const char *path) {
         {"tlb_flush_x86_64", &p_tlb_flush}, {"tb_flush_x86_64", &p_tb_flush},
         {"tb_invalidate_phys_range_x86_64", &p_tb_invalidate}, {"update_mxcsr_status_x86_64", &p_mxcsr},
         {"update_fp_status_x86_64", &p_fpuc}, {"qemu_ram_addr_from_host_x86_64", &p_ram_addr},
+        {"cpu_restore_state_x86_64", &p_restore}, {"cpu_breakpoint_insert_x86_64", &p_bp_insert},
+        {"cpu_breakpoint_remove_by_ref_x86_64", &p_bp_remove},
     };
     if (!lib) return 1;
     for (size_t i = 0; i < sizeof sym / sizeof *sym; i++)
@@ -31,6 +33,7 @@ static int check_layout(Engine *e, const char *path) {
         {K_DO_INTERRUPT, "x86_cpu_do_interrupt_x86_64"}, {K_TLB_FILL_CPU, "x86_cpu_tlb_fill_x86_64"},
         {K_PHYS_DEBUG, "x86_cpu_get_phys_page_attrs_debug_x86_64"}, {K_EXEC_ENTER, "x86_cpu_exec_enter_x86_64"},
         {K_EXEC_EXIT, "x86_cpu_exec_exit_x86_64"}, {K_EXEC_INTERRUPT, "x86_cpu_exec_interrupt_x86_64"},
+        {K_DEBUG_EXCP, "breakpoint_handler_x86_64"},
     };
     if (F(char *, C_ENV_PTR) != e->env || F(char *, C_UC) != e->uc || F(char *, ENV_UC) != e->uc) return 1;
     for (size_t i = 0; i < sizeof slot / sizeof *slot; i++)
@@ -100,6 +103,7 @@ int nv_engine_new(const char *path, char *uc, const int *insns, Engine **out) {
     *(void **)(e->cc + K_EXEC_ENTER) = (void *)our_exec_enter;
     *(void **)(e->cc + K_EXEC_EXIT) = (void *)our_exec_exit;
     *(void **)(e->cc + K_EXEC_INTERRUPT) = (void *)our_exec_interrupt;
+    *(void **)(e->cc + K_DEBUG_EXCP) = (void *)our_debug_excp;
     *out = e;
     return 0;
 }
@@ -291,7 +295,7 @@ void nv_commit(Vcpu *v) {
     v->flush = 1;
 }
 
-int nv_skip(Vcpu *v, int len) { return skip(v, len); }
+void nv_skip(Vcpu *v, int len) { advance(v, len); }
 
 int nv_insn_bytes(Vcpu *v, u8 *buf, int n) {
     enter(v->e, v, 0);

@@ -12,6 +12,8 @@
 #pragma once
 #include "native.h"
 
+static bool our_tlb_fill(void *cs, u64 va, int size, int access, int mmu, bool probe, u64 ra);
+
 static Region *region_at(Engine *e, u64 gpa) {
     int lo = 0, hi = e->nregions;
     while (lo < hi) {
@@ -75,7 +77,7 @@ static void note_walk(Engine *e, u64 va) {
     }
 }
 
-static bool our_tlb_fill(void *cs, u64 va, int size, int access, int mmu, bool probe, u64 ra) {
+static bool fill_entry(void *cs, u64 va, int size, int access, int mmu, bool probe, u64 ra) {
     Engine *e = engine_of(cs);
     if (e->nlogged) {
         settle_walk(e);

@@ -10,7 +10,8 @@ import capstone
 from capstone import x86_const
 
 from kvmfs.abi import exits as kx
-from kvmfs.kvm import events, mmu, regs
+from kvmfs.abi.x86 import X86_EFLAGS_TF
+from kvmfs.kvm import events, guest_debug, mmu, regs
 from kvmfs.vendor.ops import SEG_CS, SEG_DS, SEG_FS, SEG_GS, SEG_SS
 
 if TYPE_CHECKING:
@@ -21,13 +22,15 @@ _PREFIXES = frozenset((0x26, 0x2E, 0x36, 0x3E, 0x64, 0x65, 0x66, 0x67, 0xF0, 0xF
 
 
 def skip_emulated_instruction(vcpu: Vcpu, length: int) -> int:
-    """``kvm_skip_emulated_instruction``: go past it; a guest that single-steps gets its #DB.  Returns 1."""
-    vcpu.cpu.skip_instruction(length)
-    return 1
+    """``kvm_skip_emulated_instruction``: go past it; who single-steps gets a #DB or KVM_EXIT_DEBUG.  1 or 0."""
+    cpu = vcpu.cpu
+    traced = cpu.rflags & X86_EFLAGS_TF
+    cpu.skip_instruction(length)
+    return guest_debug.do_singlestep(vcpu) if traced else 1
 
 
 def complete_insn_gp(vcpu: Vcpu, ok: bool, length: int) -> int:
-    """``kvm_complete_insn_gp``: step over the instruction, or make it raise #GP(0).  Returns 1."""
+    """``kvm_complete_insn_gp``: step over the instruction, or make it raise #GP(0).  1, or 0 for KVM_EXIT_DEBUG."""
     if ok:
         return skip_emulated_instruction(vcpu, length)
     events.inject_gp(vcpu)
@@ -69,6 +72,12 @@ def _disassemble(vcpu: Vcpu, code: bytes) -> capstone.CsInsn | None:
     disassembler = capstone.Cs(capstone.CS_ARCH_X86, mode)
     disassembler.detail = True
     return next(disassembler.disasm(code, vcpu.cpu.rip, 1), None)
+
+
+def insn_length(vcpu: Vcpu) -> int:
+    """Bytes of the instruction at the guest's rip; 0 when it is none."""
+    insn = _disassemble(vcpu, fetch(vcpu))
+    return 0 if insn is None else int(insn.size)
 
 
 def _linear_address(vcpu: Vcpu, insn: capstone.CsInsn, operand: Any) -> int:

@@ -143,6 +143,11 @@ def ready_for_interrupt_injection(vcpu: Vcpu) -> bool:
 
 def _give_exception(vcpu: Vcpu) -> None:
     ex = vcpu.arch.exception
+    if ex.vector in _SOFT:
+        from kvmfs.kvm import emulate  # which imports this module
+
+        vcpu.cpu.inject_exception(ex.vector, soft=True, length=emulate.insn_length(vcpu))
+        return
     vcpu.cpu.inject_exception(ex.vector, ex.error_code if ex.has_error_code else None)
 
 
@@ -163,14 +168,20 @@ def check_and_inject_events(vcpu: Vcpu) -> None:
     can_inject = not needs_reinjection(vcpu)
     if ex.pending:
         if ex.vector not in _TRAPS and ex.vector not in _ABORTS:
-            cpu.rflags |= X86_EFLAGS_RF
+            from kvmfs.kvm import regs  # which imports this module
+
+            regs.set_rflags(vcpu, regs.get_rflags(vcpu) | X86_EFLAGS_RF)
+            arch.event_request = False
         deliver_exception_payload(vcpu)
         if ex.vector == DB_VECTOR and cpu.dr(7) & DR7_GD:
+            from kvmfs.kvm import guest_debug
+
             cpu.set_dr(7, cpu.dr(7) & ~DR7_GD)
+            guest_debug.update_breakpoints(vcpu)
         _give_exception(vcpu)
         ex.pending, ex.injected = False, True
         can_inject = False
-    if arch.nmi_pending and can_inject:
+    if arch.nmi_pending and can_inject and not arch.guest_debug & kx.KVM_GUESTDBG_BLOCKIRQ:
         cpu.inject_nmi()
         if cpu.nmi_masked or cpu.interrupt_shadow:
             arch.nmi_window = True          # pending still; the CPU takes it when the guest's IRET lets it
@@ -193,7 +204,7 @@ def complete_events(vcpu: Vcpu) -> None:
     """``svm_complete_interrupts``: what was delivered is done; what was not is given again next time."""
     arch = vcpu.arch
     left = {injection.kind for injection in vcpu.cpu.pending_injection()}
-    arch.exception.injected = arch.exception.injected and "exception" in left
+    arch.exception.injected = arch.exception.injected and not left.isdisjoint(("exception", "soft"))
     arch.nmi_injected = arch.nmi_injected and "nmi" in left
     arch.interrupt.injected = arch.interrupt.injected and not left.isdisjoint(("interrupt", "exception"))
     if arch.nmi_window:

@@ -7,6 +7,7 @@ emulated, KVM_TRANSLATE, PDPTRs.
 
 from __future__ import annotations
 
+import struct
 from typing import TYPE_CHECKING
 
 from kvmfs.abi import x86 as X
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
 PT_PRESENT, PT_PSE = 1, 1 << 7
 _M64 = (1 << 64) - 1
 _ADDRESS_64 = 0x000F_FFFF_FFFF_F000
+_HIGH = 0xFFFF << 48
+_NX = 1 << 63
+_PDPTRS = struct.Struct("<4Q")
 
 
 def is_legal_cr3(vcpu: Vcpu, cr3: int) -> bool:
@@ -32,8 +36,33 @@ def load_pdptrs(vcpu: Vcpu, cr3: int) -> bool:
     except KvmError:
         return False
     reserved = 0x1E6 | (_M64 << vcpu.arch.cpuid.maxphyaddr) & _M64
-    entries = (int.from_bytes(table[i:i + 8], "little") for i in range(0, 32, 8))
-    return not any(entry & PT_PRESENT and entry & reserved for entry in entries)
+    if any(entry & PT_PRESENT and entry & reserved for entry in _PDPTRS.unpack(table)):
+        return False
+    vcpu.arch.pdptrs = None
+    return True
+
+
+def pdptrs(vcpu: Vcpu) -> tuple[int, ...]:
+    """The PDPTRs in force: those of KVM_SET_SREGS2 until CR3 is another, else the table in memory."""
+    given, cr3 = vcpu.arch.pdptrs, vcpu.cpu.cr3
+    if given is not None and given[0] == cr3:
+        return given[1]
+    try:
+        return _PDPTRS.unpack(vcpu.vm.memslots.read(cr3 & 0xFFFFFFE0, _PDPTRS.size))
+    except KvmError:
+        return (0, 0, 0, 0)
+
+
+def translate(vcpu: Vcpu, gva: int) -> int | None:
+    """``kvm_mmu_gva_to_gpa_system``: without paging an address is its own translation, all 64 bits of it.
+
+    In long mode the bits above those that the page tables use are not looked at.
+    """
+    if not vcpu.cpu.cr0 & X.CR0_PG:
+        return gva
+    if vcpu.cpu.efer & X.EFER_LMA:
+        gva = gva & (1 << 48) - 1 | (_HIGH if gva >> 47 & 1 else 0)
+    return gva_to_gpa(vcpu, gva)
 
 
 def gva_to_gpa(vcpu: Vcpu, gva: int) -> int | None:
@@ -59,7 +88,7 @@ def _walk(vcpu: Vcpu, table: int, gva: int, shifts: tuple[int, ...], size: int, 
             entry = int.from_bytes(vcpu.vm.memslots.read(table + index * size, size), "little")
         except KvmError:
             return None
-        if not entry & PT_PRESENT:
+        if not entry & PT_PRESENT or (size == 8 and _reserved_bits(vcpu, entry, shift, len(shifts))):
             return None
         large = shift in ((30, 21) if size == 8 else (22,)) and entry & PT_PSE and pse
         if size == 8 and len(shifts) == 3 and shift == 30:
@@ -73,6 +102,22 @@ def _walk(vcpu: Vcpu, table: int, gva: int, shifts: tuple[int, ...], size: int, 
             return base | (gva & mask)
         table = entry & (_ADDRESS_64 if size == 8 else 0xFFFFF000)
     return None
+
+
+def _reserved_bits(vcpu: Vcpu, entry: int, shift: int, levels: int) -> bool:
+    """``is_rsvd_bits_set`` for an entry of 8 bytes that maps ``1 << shift`` bytes."""
+    reserved = (_M64 << vcpu.arch.cpuid.maxphyaddr) & _ADDRESS_64
+    if shift == 30 and levels == 3:
+        return bool(entry & (reserved | 0x1E6 | 0x7FF << 52 | _NX))
+    if not vcpu.cpu.efer & X.EFER_NX:
+        reserved |= _NX
+    if levels == 3:
+        reserved |= 0x7FF << 52
+    if shift == 39:
+        reserved |= PT_PSE
+    elif shift > 12 and entry & PT_PSE:
+        reserved |= ((1 << shift) - 1) & ~0x1FFF
+    return bool(entry & reserved)
 
 
 def read_virtual(vcpu: Vcpu, gva: int, size: int) -> bytes:

@@ -11,7 +11,8 @@ import struct
 from typing import TYPE_CHECKING
 
 from kvmfs.abi import x86 as X
-from kvmfs.abi.structs import KvmSregs
+from kvmfs.abi.exits import KVM_GUESTDBG_SINGLESTEP, KVM_SREGS2_FLAGS_PDPTRS_VALID
+from kvmfs.abi.structs import KvmSregs, KvmSregs2
 from kvmfs.errors import KvmError
 from kvmfs.kvm import events, mmu
 from kvmfs.kvm.msrs import apic_base_valid
@@ -49,7 +50,7 @@ def get_regs(vcpu: Vcpu) -> bytes:
     """KVM_GET_REGS (api.rst 4.11): a struct kvm_regs."""
     cpu = vcpu.cpu
     rax, rcx, rdx, rbx, rsp, rbp, rsi, rdi, *rest = cpu.get_gprs()
-    return _REGS.pack(rax, rbx, rcx, rdx, rsi, rdi, rsp, rbp, *rest, cpu.rip, cpu.rflags)
+    return _REGS.pack(rax, rbx, rcx, rdx, rsi, rdi, rsp, rbp, *rest, cpu.rip, get_rflags(vcpu))
 
 
 def set_regs(vcpu: Vcpu, data: bytes | memoryview) -> None:
@@ -59,7 +60,7 @@ def set_regs(vcpu: Vcpu, data: bytes | memoryview) -> None:
     rax, rbx, rcx, rdx, rsi, rdi, rsp, rbp, *rest, rip, rflags = _REGS.unpack(data)
     cpu.set_gprs((rax, rcx, rdx, rbx, rsp, rbp, rsi, rdi, *rest))
     cpu.rip = rip
-    cpu.rflags = rflags | X86_EFLAGS_FIXED
+    set_rflags(vcpu, rflags | X86_EFLAGS_FIXED)
     vcpu.arch.exception.pending = False
     vcpu.arch.event_request = vcpu.arch.entry_check = True
 
@@ -77,6 +78,21 @@ def linear_rip(vcpu: Vcpu) -> int:
     if is_64_bit_mode(vcpu):
         return int(cpu.rip)
     return int(cpu.segment(SEG_CS)[1] + cpu.rip) & M32
+
+
+def get_rflags(vcpu: Vcpu) -> int:
+    """``kvm_get_rflags``: RFLAGS without the TF of a debugger that single-steps the guest."""
+    rflags = int(vcpu.cpu.rflags)
+    return rflags & ~X.X86_EFLAGS_TF if vcpu.arch.guest_debug & KVM_GUESTDBG_SINGLESTEP else rflags
+
+
+def set_rflags(vcpu: Vcpu, rflags: int) -> None:
+    """``kvm_set_rflags``: the debugger's TF comes in where the guest is still where it was to be stepped."""
+    arch = vcpu.arch
+    if arch.guest_debug & KVM_GUESTDBG_SINGLESTEP and linear_rip(vcpu) == arch.singlestep_rip:
+        rflags |= X.X86_EFLAGS_TF
+    vcpu.cpu.rflags = rflags
+    arch.event_request = True
 
 
 # ---- modes -----------------------------------------------------------------------------------------------
@@ -228,7 +244,26 @@ _SEGMENTS = (("cs", SEG_CS), ("ds", SEG_DS), ("es", SEG_ES), ("fs", SEG_FS), ("g
 
 def get_sregs(vcpu: Vcpu) -> KvmSregs:
     """KVM_GET_SREGS (api.rst 4.13)."""
-    cpu, sregs, vendor = vcpu.cpu, KvmSregs(), vcpu.vm.vendor
+    sregs, interrupt = KvmSregs(), vcpu.arch.interrupt
+    _get_sregs_common(vcpu, sregs)
+    if interrupt.injected and not interrupt.soft:
+        sregs.interrupt_bitmap[interrupt.nr >> 6] = 1 << (interrupt.nr & 63)
+    return sregs
+
+
+def get_sregs2(vcpu: Vcpu) -> KvmSregs2:
+    """KVM_GET_SREGS2 (api.rst 4.131): with PAE paging also the four PDPTRs."""
+    sregs = KvmSregs2()
+    _get_sregs_common(vcpu, sregs)
+    if is_pae_paging(vcpu):
+        for i, entry in enumerate(mmu.pdptrs(vcpu)):
+            sregs.pdptrs[i] = entry
+        sregs.flags = KVM_SREGS2_FLAGS_PDPTRS_VALID
+    return sregs
+
+
+def _get_sregs_common(vcpu: Vcpu, sregs: KvmSregs | KvmSregs2) -> None:
+    cpu, vendor = vcpu.cpu, vcpu.vm.vendor
     events.payload_quirk(vcpu)
     for name, index in _SEGMENTS:
         setattr(sregs, name, vendor.get_segment(vcpu, index))
@@ -236,13 +271,9 @@ def get_sregs(vcpu: Vcpu) -> KvmSregs:
     sregs.gdt.base, sregs.gdt.limit = cpu.gdt
     sregs.cr0, sregs.cr2, sregs.cr3, sregs.cr4, sregs.cr8 = cpu.cr0, cpu.cr2, cpu.cr3, cpu.cr4, cpu.cr8
     sregs.efer, sregs.apic_base = cpu.efer, vcpu.arch.apic_base
-    interrupt = vcpu.arch.interrupt
-    if interrupt.injected and not interrupt.soft:
-        sregs.interrupt_bitmap[interrupt.nr >> 6] = 1 << (interrupt.nr & 63)
-    return sregs
 
 
-def is_valid_sregs(vcpu: Vcpu, sregs: KvmSregs) -> bool:
+def is_valid_sregs(vcpu: Vcpu, sregs: KvmSregs | KvmSregs2) -> bool:
     """``kvm_is_valid_sregs``."""
     if sregs.efer & X.EFER_LME and sregs.cr0 & X.CR0_PG:
         if not sregs.cr4 & X.CR4_PAE or not sregs.efer & X.EFER_LMA or not mmu.is_legal_cr3(vcpu, sregs.cr3):
@@ -254,6 +285,29 @@ def is_valid_sregs(vcpu: Vcpu, sregs: KvmSregs) -> bool:
 
 def set_sregs(vcpu: Vcpu, sregs: KvmSregs) -> None:
     """KVM_SET_SREGS (api.rst 4.14).  EINVAL: control registers that cannot be together, or the APIC base."""
+    _set_sregs_common(vcpu, sregs, update_pdptrs=True)
+    for word, bits in enumerate(sregs.interrupt_bitmap):
+        if bits:
+            events.queue_interrupt(vcpu, word * 64 + ((bits & -bits).bit_length() - 1))
+            break
+
+
+def set_sregs2(vcpu: Vcpu, sregs: KvmSregs2) -> None:
+    """KVM_SET_SREGS2 (api.rst 4.132).
+
+    EINVAL: as KVM_SET_SREGS, unknown flags, or PDPTRs without PAE paging.  The engine walks the table in
+    memory: PDPTRs that differ from it are shown again by KVM_GET_SREGS2 and not used.
+    """
+    valid_pdptrs = bool(sregs.flags & KVM_SREGS2_FLAGS_PDPTRS_VALID)
+    pae = bool(sregs.cr0 & X.CR0_PG and sregs.cr4 & X.CR4_PAE and not sregs.efer & X.EFER_LMA)
+    if sregs.flags & ~KVM_SREGS2_FLAGS_PDPTRS_VALID or (valid_pdptrs and not pae):
+        raise KvmError(errno.EINVAL)
+    _set_sregs_common(vcpu, sregs, update_pdptrs=not valid_pdptrs)
+    if valid_pdptrs:
+        vcpu.arch.pdptrs = (vcpu.cpu.cr3, tuple(sregs.pdptrs))
+
+
+def _set_sregs_common(vcpu: Vcpu, sregs: KvmSregs | KvmSregs2, *, update_pdptrs: bool) -> None:
     if not is_valid_sregs(vcpu, sregs) or not set_apic_base(vcpu, sregs.apic_base):
         raise KvmError(errno.EINVAL)
     cpu, vendor = vcpu.cpu, vcpu.vm.vendor
@@ -268,7 +322,7 @@ def set_sregs(vcpu: Vcpu, sregs: KvmSregs) -> None:
         vendor.set_segment(vcpu, index, getattr(sregs, name))
     set_cr8(vcpu, sregs.cr8)
     cpu.commit_state()
-    if is_pae_paging(vcpu):
+    if update_pdptrs and is_pae_paging(vcpu):
         mmu.load_pdptrs(vcpu, cpu.cr3)
     if (old_cr4 ^ sregs.cr4) & X.CR4_OSXSAVE:
         vcpu.arch.cpuid_changed = True
@@ -276,7 +330,3 @@ def set_sregs(vcpu: Vcpu, sregs: KvmSregs) -> None:
     if (vcpu.vcpu_id == vcpu.vm.arch.bsp_vcpu_id and cpu.rip == 0xFFF0 and sregs.cs.selector == 0xF000
             and sregs.cs.base == 0xFFFF0000 and not sregs.cr0 & X.CR0_PE):
         vcpu.arch.mp_state = 0
-    for word, bits in enumerate(sregs.interrupt_bitmap):
-        if bits:
-            events.queue_interrupt(vcpu, word * 64 + ((bits & -bits).bit_length() - 1))
-            break

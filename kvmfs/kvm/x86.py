@@ -26,7 +26,7 @@ from kvmfs.cpu.cpu import (
     EXIT_SVM,
 )
 from kvmfs.errors import KvmError
-from kvmfs.kvm import events, msr_filter
+from kvmfs.kvm import events, guest_debug, msr_filter, sync_regs
 from kvmfs.kvm.cpu_msrs import VcpuMsrs
 from kvmfs.kvm.cpuid import CpuidTable
 from kvmfs.kvm.emulate import bytes_beyond_page, prepare_emulation_failure
@@ -106,6 +106,10 @@ class VcpuArch:
         self.ran = False                    # has been in the guest: CPUID is fixed
         self.last_vmentry_cpu = 0xFFFFFFFF
         self.cpuid: CpuidTable = CpuidTable()
+        self.guest_debug = 0                # KVM_SET_GUEST_DEBUG's control, 0 without KVM_GUESTDBG_ENABLE
+        self.debug_db: tuple[int, ...] = (0, 0, 0, 0)   # its breakpoints
+        self.debug_dr7 = self.singlestep_rip = 0
+        self.pdptrs: tuple[int, tuple[int, ...]] | None = None   # a client's own PDPTRs, and the CR3 they are for
         self.enforce_pv_cpuid = False       # KVM_CAP_ENFORCE_PV_FEATURE_CPUID
         self.msrs: MsrFile
         # kvm_make_request: what is to be done before the next entry; appended to from any thread.
@@ -168,6 +172,7 @@ def vcpu_reset(vcpu: Vcpu, *, init_event: bool) -> None:
         cpu.set_dr(i, 0)
     cpu.set_dr(6, 0xFFFF0FF0)
     cpu.set_dr(7, 0x400)
+    guest_debug.update_breakpoints(vcpu)
     cpu.cr2 = 0
     entry = arch.cpuid.find(1, 0)
     cpu.set_gprs((0, 0, entry.eax if entry is not None else 0x600) + (0,) * 13)
@@ -203,6 +208,8 @@ def ioctl_run(vcpu: Vcpu, req: RequestLike) -> int:
     try:
         return _run(vcpu, req)
     finally:
+        if run[_VALID_REGS]:
+            sync_regs.store_regs(vcpu, run[_VALID_REGS])
         _post_run_save(vcpu)
         vendor.vcpu_put(vcpu)
         vcpu.request = None
@@ -216,8 +223,11 @@ def _run(vcpu: Vcpu, req: RequestLike) -> int:
     run, arch = vcpu.run, vcpu.arch
     wants_to_run = not run[_IMMEDIATE_EXIT]
     valid, dirty = _get_sync(run, _VALID_REGS)
-    if valid or dirty:                          # KVM_CAP_SYNC_REGS is not there yet
-        return -errno.EINVAL
+    if valid or dirty:
+        if (valid | dirty) & ~kx.KVM_SYNC_X86_VALID_FIELDS:
+            return -errno.EINVAL
+        if dirty and sync_regs.sync_regs(vcpu, dirty):
+            return -errno.EINVAL
     cr8, = _get_cr8(run, 16)
     if cr8 != vcpu.cpu.cr8:
         if cr8 & ~0xF:

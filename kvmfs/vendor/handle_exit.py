@@ -25,6 +25,7 @@ from kvmfs.kvm.emulate import (
     skip_emulated_instruction,
 )
 from kvmfs.kvm.hypercall import emulate_hypercall
+from kvmfs.vendor.debug_exits import DEBUG_EXITS
 
 if TYPE_CHECKING:
     from kvmfs.kvm.kvm_main import Vcpu
@@ -33,13 +34,11 @@ M32 = (1 << 32) - 1
 RAX, RCX, RDX, RBX, RSI = 0, 1, 2, 3, 6
 
 EXIT_READ_CR0, EXIT_WRITE_CR0, EXIT_WRITE_CR4, EXIT_WRITE_CR8 = 0x00, 0x10, 0x14, 0x18
-EXIT_WRITE_DR7 = 0x37
 EXIT_VINTR, EXIT_RDPMC, EXIT_CPUID, EXIT_INVD, EXIT_HLT = 0x64, 0x6F, 0x72, 0x76, 0x78
 EXIT_INVLPGA, EXIT_MSR, EXIT_SHUTDOWN = 0x7A, 0x7C, 0x7F
 EXIT_VMRUN, EXIT_VMMCALL, EXIT_SKINIT = 0x80, 0x81, 0x86
 EXIT_WBINVD, EXIT_MONITOR, EXIT_MWAIT, EXIT_MWAIT_COND, EXIT_XSETBV = 0x89, 0x8A, 0x8B, 0x8C, 0x8D
 
-DR7_VOLATILE, DR7_FIXED_1 = 0xFFFF2BFF, 0x400
 
 _set_reason = struct.Struct("<I").pack_into
 
@@ -137,11 +136,11 @@ def _write_cr(vcpu: Vcpu) -> int:
 
 def _wrote_cr8(vcpu: Vcpu, length: int) -> int:
     """A client that emulates the APIC wants to know when the task priority sinks (KVM_EXIT_SET_TPR)."""
-    skip_emulated_instruction(vcpu, length)
+    result = skip_emulated_instruction(vcpu, length)
     lowered = vcpu.arch.cr8_before > vcpu.cpu.cr8
     vcpu.arch.cr8_before = vcpu.cpu.cr8
     if not lowered:
-        return 1
+        return result
     _set_reason(vcpu.run, 8, kx.KVM_EXIT_SET_TPR)
     return 0
 
@@ -161,22 +160,11 @@ def _lmsw(vcpu: Vcpu, code: bytes) -> int:
     return complete_insn_gp(vcpu, regs.set_cr0(vcpu, cr0 & ~0xE | msw & 0xF), length)
 
 
-def _write_dr7(vcpu: Vcpu) -> int:
-    """MOV to DR7 (``kvm_set_dr``): bits above 31 raise #GP, reserved ones have their fixed values."""
-    op = decode(vcpu, fetch(vcpu))
-    value = vcpu.cpu.gpr(op.modrm & 7 | (op.rex & 1) << 3)
-    if not regs.is_64_bit_mode(vcpu):
-        value &= M32
-    if not value >> 32:
-        vcpu.cpu.set_dr(7, value & DR7_VOLATILE | DR7_FIXED_1)
-    return complete_insn_gp(vcpu, not value >> 32, op.prefix_length + 3)
-
-
 EXIT_HANDLERS: dict[int, Callable[[Vcpu], int]] = {
     EXIT_WRITE_CR0: _write_cr,
     EXIT_WRITE_CR4: _write_cr,
     EXIT_WRITE_CR8: _write_cr,
-    EXIT_WRITE_DR7: _write_dr7,
+    **DEBUG_EXITS,
     EXIT_VINTR: _window,
     EXIT_RDPMC: _rdpmc,
     EXIT_CPUID: _cpuid,

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvmfs.cpu.cpu import EXIT_NONE, EXIT_SVM, Injection
+from kvmfs.cpu.cpu import EXIT_IO_IN, EXIT_NONE, EXIT_SVM, Injection
 from tests.guest import CODE, GDT, IDT, PT, TSS, Guest
 
 PROTECTED = ("pm32", "pm32pg", "pae", "long")
@@ -402,10 +402,12 @@ def test_no_tss_is_a_shutdown_not_an_abort(mode):
     assert svm(g)[0] == 0x7F
 
 
-def test_skip_reports_an_intercepted_single_step():
-    g = Guest("start: cpuid\n hlt")
+def test_an_intercepted_single_step_leaves_dr6_alone():
+    g = Guest("start: in al,0x10\n mov ecx,1\n hlt")
     g.cpu.set_exception_intercepts(2)
     g.cpu.rflags |= 0x100
-    assert svm(g)[0] == 0x72
-    assert g.cpu.skip_instruction(2) == EXIT_SVM
-    assert (g.cpu.exit.code, g.cpu.rip, g.cpu.dr(6) & 0x4000) == (0x41, CODE + 2, 0x4000)
+    assert g.cpu.run() == EXIT_IO_IN
+    assert g.cpu.complete_io_in(b"\1") == EXIT_SVM
+    assert (g.cpu.exit.code, g.cpu.exit.info2, g.cpu.rip, g.cpu.dr(6)) == (0x41, 0x4000, CODE + 2, 0xFFFF0FF0)
+    assert svm(g)[0] == 0x41
+    assert (g.cpu.exit.info2, g.cpu.rip, g.cpu.dr(6)) == (0x4000, CODE + 7, 0xFFFF0FF0)
