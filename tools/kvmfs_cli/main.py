@@ -63,3 +63,32 @@ def version(as_json: bool) -> None:
         click.echo(facts.as_json(facts.collect()))
     else:
         facts.show(facts.collect())
+
+
+@main.command()
+@click.option("--device", type=click.Path(), default="/dev/kvm", show_default=True, help="The node.")
+@click.option("--level", type=click.Choice(["system", "vm", "vcpu", "device"]), help="Only ioctls of this kind of descriptor.")
+@click.option("--junit", type=click.Path(dir_okay=False), help="Write the results as JUnit XML.")
+@click.option("--json", "json_file", type=click.Path(dir_okay=False), help="Write everything that was found; --compare reads it.")
+@click.option("--compare", "compare_with", metavar="OTHER",
+              help="Show where OTHER differs: a second node, a file that --json wrote, or recorded facts by name.")
+@click.option("--guest", "guests", type=click.Choice(["auto", "yes", "no"]), default="auto", show_default=True,
+              help="Run the cases that execute guest code; auto: unless the node is PVM's.")
+@click.argument("patterns", nargs=-1, metavar="[PATTERN]...")
+def conformance(device: str, level: str | None, junit: str | None, json_file: str | None, compare_with: str | None,
+                guests: str, patterns: tuple[str, ...]) -> None:
+    """Check that a node answers every ioctl as Linux does.
+
+    PATTERN is a part of a case's name (level/ioctl/title), or a glob.  The exit status is 0 when everything that is
+    required passed and, with --compare, every difference has a known reason; 1 otherwise, 2 when the suite
+    could not run.
+    """
+    from kvmfs_cli import conformance as suite
+
+    try:
+        status = suite.conformance(patterns, device=device, level=level, junit=junit, json=json_file,
+                                   compare_with=compare_with, guests=guests)
+    except (suite.ConformanceError, OSError) as error:
+        click.echo(f"kvmfs conformance: {error}", err=True)
+        status = suite.UNUSABLE
+    sys.exit(status)
