@@ -139,11 +139,10 @@ def _wrong_level(level: Level) -> Callable[[Trial], None]:
 def _unknown_number(level: Level) -> Callable[[Trial], None]:
     def run(t: Trial) -> None:
         fd, data = descriptor(t, level), buffer(8192)
-        for label, number in (("free nr", 0xAEFF), ("other type", 0x5401), ("other size", 0x8091AE81), ("other direction", 0x4001AE00),
-                              ("32 bits set", 0xFFFFFFFF), ("other architecture", 0xAE06), ("gone from Linux", 0xAE45)):
-            result = t.ioctl(fd, number, data)
-            # TCGETS on a device that is no terminal; a few numbers are the file system's affair.
-            t.errno(label, result, UNKNOWN[level])
+        for label, number in (("free nr", 0xAEFF), ("a terminal's", 0x5401), ("other size", 0x8091AE81),
+                              ("other direction", 0x4001AE00), ("32 bits set", 0xFFFFFFFF), ("other architecture", 0xAE06),
+                              ("gone from Linux", 0xAE45)):
+            t.errno(label, t.ioctl(fd, number, data), UNKNOWN[level])
 
     return run
 

@@ -72,7 +72,7 @@ def set_attr(t: Trial) -> None:
     value = buffer(8, struct.pack("<q", -123456789))
     attr = KvmDeviceAttr(addr=ctypes.addressof(value))
     t.ok("set", t.ioctl(t.vcpu, "KVM_SET_DEVICE_ATTR", attr))
-    value[:] = bytes(8)
+    struct.pack_into("<q", value, 0, 0)
     t.ok("get", t.ioctl(t.vcpu, "KVM_GET_DEVICE_ATTR", attr))
     t.equal("read back", struct.unpack("<q", value)[0], -123456789)
     t.errno("unmapped address", t.ioctl(t.vcpu, "KVM_SET_DEVICE_ATTR", KvmDeviceAttr(addr=BAD_POINTER)), E.EFAULT)
@@ -135,9 +135,9 @@ def xen_set(t: Trial) -> None:
 @case("KVM_PRE_FAULT_MEMORY", VCPU, "errors", "PRE_FAULT_MEMORY")
 def pre_fault(t: Trial) -> None:
     name = "KVM_PRE_FAULT_MEMORY"
-    for label, argument in (("flags", KvmPreFaultMemory(size=PAGE, flags=1)), ("size 0", KvmPreFaultMemory()),
-                            ("inside a page", KvmPreFaultMemory(gpa=8, size=PAGE)), ("size inside a page", KvmPreFaultMemory(size=100))):
-        t.errno(label, t.ioctl(t.vcpu, name, argument), E.EINVAL)
+    for label, gpa, size, flags in (("flags", 0, PAGE, 1), ("size 0", 0, 0, 0), ("inside a page", 8, PAGE, 0),
+                                    ("size inside a page", 0, 100, 0)):
+        t.errno(label, t.ioctl(t.vcpu, name, KvmPreFaultMemory(gpa=gpa, size=size, flags=flags)), E.EINVAL)
     t.errno("no memory", t.ioctl(t.vcpu, name, KvmPreFaultMemory(size=PAGE)), E.ENOENT)
 
 

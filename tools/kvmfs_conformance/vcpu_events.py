@@ -215,7 +215,8 @@ def set_mce(t: Trial) -> None:
 @case("KVM_SET_GUEST_DEBUG", VCPU, "controls", "SET_GUEST_DEBUG")
 def guest_debug(t: Trial) -> None:
     name, on, step, sw, hw = "KVM_SET_GUEST_DEBUG", 1, 2, 0x10000, 0x20000
-    for label, control in (("software breakpoints", on | sw), ("single step", on | step), ("hardware breakpoints", on | hw), ("off", 0)):
+    for label, control in (("software breakpoints", on | sw), ("single step", on | step), ("hardware breakpoints", on | hw),
+                           ("off", 0)):
         debug = KvmGuestDebug(control=control)
         debug.arch.debugreg[0], debug.arch.debugreg[7] = 0x1000, 0x401
         t.ok(label, t.ioctl(t.vcpu, name, debug))

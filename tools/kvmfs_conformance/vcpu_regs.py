@@ -25,6 +25,7 @@ from .wire import BAD_POINTER, PAGE
 
 VCPU = Level.VCPU
 NAMES = ("rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rsp", "rbp", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15")
+XMM = 152               # kvm_fpu.xmm
 Sregs = KvmSregs | KvmSregs2
 
 
@@ -234,17 +235,18 @@ def get_fpu(t: Trial) -> None:
 @case("KVM_SET_FPU", VCPU, "round trip")
 def set_fpu(t: Trial) -> None:
     fpu = KvmFpu(fcw=0x27F, fsw=0x3800, ftwx=0x80, last_opcode=0x123, last_ip=0x1000, last_dp=0x2000, mxcsr=0x1FA0)
-    for i in range(256):
-        fpu.xmm[i // 16][i % 16] = i
+    data = bytearray(bytes(fpu))
+    data[XMM:XMM + 256] = bytes(range(256))
     for i in range(8):
-        fpu.fpr[i][0] = i + 1
+        data[16 * i] = i + 1
+    fpu = KvmFpu.from_buffer_copy(data)
     t.need("set", t.ioctl(t.vcpu, "KVM_SET_FPU", fpu))
     again = KvmFpu()
     t.need("get", t.ioctl(t.vcpu, "KVM_GET_FPU", again))
     t.equal("fcw fsw ftwx opcode", (again.fcw, again.fsw, again.ftwx, again.last_opcode), (0x27F, 0x3800, 0x80, 0x123))
     t.equal("ip and dp", (again.last_ip, again.last_dp), (0x1000, 0x2000))
     t.equal("xmm", bytes(again.xmm) == bytes(fpu.xmm), True)
-    t.equal("st", [again.fpr[i][0] for i in range(8)], list(range(1, 9)))
+    t.equal("st", [bytes(again)[16 * i] for i in range(8)], list(range(1, 9)))
     t.equal("mxcsr is not part of it", again.mxcsr, 0)
 
 

@@ -89,7 +89,7 @@ def set_irqchip(t: Trial) -> None:
     t.need("get the I/O APIC", t.ioctl(t.vm, "KVM_GET_IRQCHIP", chip))
     at = 8 + 24                                 # chip.ioapic.redirtbl
     data = buffer(520, bytes(chip))
-    data[at + 8 * 5:at + 8 * 6] = struct.pack("<Q", 0x0100000000010030)
+    struct.pack_into("<Q", data, at + 8 * 5, 0x0100000000010030)
     t.ok("set the I/O APIC", t.ioctl(t.vm, "KVM_SET_IRQCHIP", data))
     again = KvmIrqchip(chip_id=IOAPIC)
     t.need("get it again", t.ioctl(t.vm, "KVM_GET_IRQCHIP", again))

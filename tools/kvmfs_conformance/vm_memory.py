@@ -278,9 +278,10 @@ def nr_mmu_pages(t: Trial) -> None:
 @case("KVM_SET_MEMORY_ATTRIBUTES", VM, "errors", "MEMORY_ATTRIBUTES")
 def memory_attributes(t: Trial) -> None:
     name = "KVM_SET_MEMORY_ATTRIBUTES"
-    for label, attributes in (("flags", KvmMemoryAttributes(size=PAGE, flags=1)), ("unknown attribute", KvmMemoryAttributes(
-            size=PAGE, attributes=1)), ("size 0", KvmMemoryAttributes()), ("misaligned", KvmMemoryAttributes(address=8, size=PAGE))):
-        t.errno(label, t.ioctl(t.vm, name, attributes), E.EINVAL)
+    for label, at, size, attributes, flags in (("flags", 0, PAGE, 0, 1), ("unknown attribute", 0, PAGE, 1, 0),
+                                               ("size 0", 0, 0, 0, 0), ("misaligned", 8, PAGE, 0, 0)):
+        argument = KvmMemoryAttributes(address=at, size=size, attributes=attributes, flags=flags)
+        t.errno(label, t.ioctl(t.vm, name, argument), E.EINVAL)
 
 
 @case("KVM_CREATE_GUEST_MEMFD", VM, "errors", "GUEST_MEMFD")
