@@ -344,6 +344,8 @@ class Broker:
         try:
             if os.readlink(f"/proc/self/fd/{fd}") != "anon_inode:[eventfd]":
                 raise OSError(errno.EINVAL, "not an eventfd")
-            self._requests.send("eventfd", [fd])
+            with open(f"/proc/self/fdinfo/{fd}") as file:
+                ids = [line.split()[1] for line in file if line.startswith("eventfd-id:")]
+            self._requests.send("eventfd", [fd], id=int(ids[0]))
         finally:
             os.close(fd)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from kvmd.link import Link, LinkError, Message
 from kvmfs.client.mirror import Mirror
+from kvmfs.kvm.host import EventFd
 
 if TYPE_CHECKING:
     from kvmfs.client.memory import ClientMemory
@@ -230,12 +231,12 @@ class WorkerHost:
         finally:
             self._lock.release()
 
-    def eventfd(self, req: RequestLike, fd: int) -> int:
+    def eventfd(self, req: RequestLike, fd: int) -> EventFd:
         """A duplicate of the client's eventfd.  Raises OSError: EBADF no descriptor, EINVAL no eventfd."""
         with self._lock:
             self._link.send("eventfd", tid=req.tid, fd=fd)
             with self._receive("eventfd") as message:
-                return message.take_fds()[0]
+                return EventFd(message.take_fds()[0], message.integer("id"))
 
     # ---- kvm_run without passthrough ----------------------------------------------------------------
 

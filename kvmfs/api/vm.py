@@ -14,13 +14,15 @@ from typing import TYPE_CHECKING
 from kvmfs.abi.structs import KvmEncRegion
 from kvmfs.api.vm_caps import enable_cap, set_boot_cpu_id, set_nr_mmu_pages, x86_set_msr_filter  # noqa: F401 (handlers)
 from kvmfs.errors import KvmError
-from kvmfs.kvm import caps, dirty_log
+from kvmfs.kvm import caps, coalesced_mmio, dirty_log, eventfd
 
 if TYPE_CHECKING:
     from kvmfs.kvm.host import RequestLike
     from kvmfs.kvm.kvm_main import Vm
 
 _MEMORY_REGION = struct.Struct("<IIQQQ")        # slot, flags, guest_phys_addr, memory_size, userspace_addr
+_COALESCED_ZONE = struct.Struct("<QII")         # addr, size, pio
+_IOEVENTFD = struct.Struct("<QQIiI")            # datamatch, addr, len, fd, flags
 _DIRTY_LOG = struct.Struct("<IIQ")              # slot, -, dirty_bitmap
 _CLEAR_DIRTY_LOG = struct.Struct("<IIQQ")       # slot, num_pages, first_page, dirty_bitmap
 TSS_ADDR_MAX = (1 << 32) - 3 * 4096
@@ -101,6 +103,25 @@ def clear_dirty_log(vm: Vm, req: RequestLike) -> int:
     vm.host.may_block()
     with vm.slots_lock:
         dirty_log.clear_dirty_log(vm.memslots, vm.host.memory, slot, first, count, address)
+    return 0
+
+
+def register_coalesced_mmio(vm: Vm, req: RequestLike) -> int:
+    """KVM_REGISTER_COALESCED_MMIO (api.rst 4.116).  EINVAL, ENOSPC."""
+    coalesced_mmio.register(vm, *_COALESCED_ZONE.unpack(req.data))
+    return 0
+
+
+def unregister_coalesced_mmio(vm: Vm, req: RequestLike) -> int:
+    """KVM_UNREGISTER_COALESCED_MMIO (api.rst 4.116).  EINVAL."""
+    coalesced_mmio.unregister(vm, *_COALESCED_ZONE.unpack(req.data))
+    return 0
+
+
+def ioeventfd(vm: Vm, req: RequestLike) -> int:
+    """KVM_IOEVENTFD (api.rst 4.59): a guest's write signals an eventfd."""
+    vm.host.may_block()
+    eventfd.ioeventfd(vm, req, *_IOEVENTFD.unpack_from(req.data))
     return 0
 
 

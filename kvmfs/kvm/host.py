@@ -8,7 +8,7 @@ worker implements them with its link to the daemon, the tests with a stand-in.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 
 class Segment(Protocol):
@@ -24,6 +24,13 @@ class Segment(Protocol):
     def offset(self) -> int: ...
     @property
     def writable(self) -> bool: ...
+
+
+class EventFd(NamedTuple):
+    """A descriptor of one of the client's eventfds; ``id`` is the same for all descriptors of one eventfd."""
+
+    fd: int
+    id: int
 
 
 class RequestLike(Protocol):
@@ -88,6 +95,9 @@ class Host(Protocol):
 
     def finish(self, req: RequestLike, result: int) -> None:
         """Give ``req`` its final result (a value or -errno), whether or not it was answered early."""
+
+    def eventfd(self, req: RequestLike, fd: int) -> EventFd:
+        """A descriptor of the client's eventfd ``fd``, for the caller to close.  EBADF; EINVAL: it is none."""
 
     def kvm_run_copy_in(self, inode: int, page: memoryview) -> None:
         """Without passthrough: bring the client's view of kvm_run into ``page``."""

@@ -12,10 +12,13 @@ from typing import TYPE_CHECKING
 
 from kvmfs.cpu.engine import Engine
 from kvmfs.errors import KvmError
-from kvmfs.kvm import x86
+from kvmfs.kvm import eventfd, x86
+from kvmfs.kvm.iodev import IoBus
 from kvmfs.kvm.memslots import MemSlots
 
 if TYPE_CHECKING:
+    from kvmfs.kvm.coalesced_mmio import CoalescedZone
+    from kvmfs.kvm.eventfd import IoEventFd
     from kvmfs.kvm.host import Host, Memory, RequestLike
     from kvmfs.vendor.ops import KvmX86Ops
 
@@ -47,6 +50,9 @@ class Vm:
         self.vendor, self.host = vendor, host
         self.lock, self.slots_lock, self.create_lock = threading.Lock(), threading.Lock(), threading.Lock()
         self.engine = Engine()
+        self.mmio_bus, self.pio_bus, self.ccw_bus = IoBus(), IoBus(), IoBus()
+        self.coalesced_zones: list[CoalescedZone] = []
+        self.ioeventfds: list[IoEventFd] = []
         self.memslots = MemSlots(self.engine, 1 << MAX_GPA_BITS)
         self.created_vcpus = 0
         self.vcpus: list[Vcpu] = []
@@ -122,6 +128,7 @@ class Vm:
         self.kick_all()
         for vcpu in self.vcpus:
             vcpu.close()
+        eventfd.release(self)
         self.memslots.close()
         self.engine.close()
 

@@ -391,6 +391,8 @@ def _exit_io_out(vcpu: Vcpu) -> int:
     cpu, run, arch = vcpu.cpu, vcpu.run, vcpu.arch
     e = cpu.exit
     size = e.size * e.count
+    if vcpu.vm.pio_bus.ranges and vcpu.vm.pio_bus.write(vcpu, e.port, bytes(cpu.data[:size])):
+        return _further(vcpu, cpu.complete_io_out())
     run[PIO_DATA:PIO_DATA + size] = cpu.data[:size]
     _set_reason(run, _EXIT_REASON, kx.KVM_EXIT_IO)
     _set_io(run, _UNION, kx.KVM_EXIT_IO_OUT, e.size, e.port, e.count, PIO_DATA)
@@ -445,8 +447,11 @@ def _exit_mmio_write(vcpu: Vcpu) -> int:
     if slot is not None and not slot.readonly:
         cpu.forget_io()
         return -errno.EFAULT
+    data = bytes(cpu.data[:e.size])
+    if vcpu.vm.mmio_bus.ranges and vcpu.vm.mmio_bus.write(vcpu, e.gpa, data):
+        return _next_fragment(vcpu)
     _set_reason(run, _EXIT_REASON, kx.KVM_EXIT_MMIO)
-    _set_mmio(run, _UNION, e.gpa, bytes(cpu.data[:e.size]), e.size, 1)
+    _set_mmio(run, _UNION, e.gpa, data, e.size, 1)
     arch.complete_userspace_io = _next_fragment
     return 0
 

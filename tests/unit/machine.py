@@ -10,6 +10,7 @@ from kvmfs import vendor
 from kvmfs.abi import ioctls as K
 from kvmfs.abi.structs import KvmSregs, KvmVcpuEvents
 from kvmfs.api.dispatch import VmDispatcher
+from kvmfs.kvm.host import EventFd
 from kvmfs.kvm.kvm_main import VCPU_INODE, VM_INODE, Vm
 from tests.asm import assemble
 from tests.unit.fake_client import FakeMemory
@@ -65,6 +66,12 @@ class FakeHost:
     def guest_memory(self, req, hva, size):
         return [Piece(a, 0x1000, self.fd, a - 0x10000000) for a in range(hva, hva + size, 0x1000)
                 if a - 0x10000000 not in self.holes] if self.holes else [Piece(hva, size, self.fd, hva - 0x10000000)]
+
+    def eventfd(self, req, fd):
+        if os.readlink(f"/proc/self/fd/{fd}") != "anon_inode:[eventfd]":
+            raise OSError(errno.EINVAL, "no eventfd")
+        with open(f"/proc/self/fdinfo/{fd}") as file:
+            return EventFd(os.dup(fd), next(int(line.split()[1]) for line in file if line.startswith("eventfd-id")))
 
     def finish(self, req, result):
         req.reply(result)
