@@ -27,6 +27,7 @@ import struct
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
+from threading import get_ident
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 import pyfuse3
@@ -85,23 +86,20 @@ class Request:
         "unique",
     )
 
-    def __init__(
-        self, channel: Channel, unique: int, nodeid: int, fh: int, tid: int, uid: int, gid: int, cmd: int, arg: int,
-        data: memoryview, out_size: int,
-    ) -> None:
-        self._channel = channel
-        self.unique = unique
-        self.nodeid = nodeid
-        self.fh = fh
-        self.tid = tid
-        self.uid = uid
-        self.gid = gid
-        self.cmd = cmd
-        self.arg = arg
-        self.data = data
-        self.out_size = out_size
-        self.interrupted = False
-        self.context: object | None = None
+    # Made by Channel._serve alone, which sets all of them: a call of __init__ costs more than the rest of a request.
+    _channel: Channel
+    unique: int
+    nodeid: int
+    fh: int
+    tid: int
+    uid: int
+    gid: int
+    cmd: int
+    arg: int
+    data: memoryview
+    out_size: int
+    interrupted: bool
+    context: object | None
 
     def reply(self, result: int, data: Payload = b"") -> None:
         """Answer now, from any thread; the handler then returns None.
@@ -184,7 +182,7 @@ class Channel:
     def start(self) -> None:
         """Begin to read requests. pyfuse3 must be initialised on `pyfuse3_path` by now or soon: INIT waits
         for it."""
-        self._start_reader(count=True)
+        self._start_reader()
         threading.Thread(target=self._pass_replies, name="kvmfs-replies", daemon=True).start()
 
     def run(self, operations: pyfuse3.Operations) -> None:
@@ -262,20 +260,19 @@ class Channel:
         Call it once per request, before blocking. A thread is started when none is idle. Does nothing in a
         thread that is not a reader. RuntimeError: no thread could be started.
         """
-        ident = threading.get_ident()
-        with self._lock:
-            if ident in self._blocked or ident not in self._readers:
-                return
-            self._blocked.add(ident)
-            if len(self._blocked) < self._reader_count:
-                return
-            self._reader_count += 1
-        self._start_reader(count=False)
+        ident, blocked = get_ident(), self._blocked
+        if ident in blocked or ident not in self._readers:
+            return
+        # Without the lock, which nearly every exit of a guest would pay for: it is noted before it is looked, here
+        # as in _returned, so of two threads that give up reading at a time at least one sees the other.
+        blocked.add(ident)
+        if len(blocked) < self._reader_count:
+            return
+        self._start_reader()
 
-    def _start_reader(self, *, count: bool) -> None:
-        if count:
-            with self._lock:
-                self._reader_count += 1
+    def _start_reader(self) -> None:
+        with self._lock:
+            self._reader_count += 1
         try:
             threading.Thread(target=self._reader, name="kvmfs-reader", daemon=True).start()
         except RuntimeError:
@@ -293,11 +290,14 @@ class Channel:
             if self._reader_count - len(self._blocked) <= max(1, self.max_idle):
                 return False
             self._reader_count -= 1
+            if self._reader_count <= len(self._blocked):
+                self._reader_count += 1
+                return False
             del self._readers[ident]
             return True
 
     def _reader(self) -> None:
-        ident = threading.get_ident()
+        ident = get_ident()
         with self._lock:
             self._readers[ident] = threading.get_native_id()
             if self._cpus:
@@ -335,15 +335,15 @@ class Channel:
                 if error.errno in (errno.ENOENT, errno.EAGAIN, errno.EINTR):
                     continue
                 raise
-            (_len, opcode, unique, nodeid, uid, gid, tid, _ext, _pad, fh, _flags, cmd, arg, in_size, out_size
-             ) = unpack(buffer)
+            request = request_class()
+            (_len, opcode, unique, nodeid, request.uid, request.gid, request.tid, _ext, _pad, request.fh, _flags,
+             request.cmd, request.arg, in_size, request.out_size) = unpack(buffer)
             if opcode != operation:
                 self._other(opcode, unique, nodeid, view[:length])
                 continue
-            request = request_class(
-                self, unique, nodeid, fh, tid, uid, gid, cmd, arg,
-                view[header_size : header_size + in_size] if in_size else no_data, out_size,
-            )
+            request._channel, request.unique, request.nodeid = self, unique, nodeid
+            request.data = view[header_size : header_size + in_size] if in_size else no_data
+            request.interrupted, request.context = False, None
             inflight[unique] = request
             if early and early.pop(unique, False):
                 self._deliver_interrupt(request)
