@@ -13,8 +13,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from kvmfs.abi import caps as K
-from kvmfs.abi.exits import KVM_SYNC_X86_VALID_FIELDS
-from kvmfs.abi.exits import KVM_COALESCED_MMIO_PAGE_OFFSET
+from kvmfs.abi.exits import KVM_COALESCED_MMIO_PAGE_OFFSET, KVM_SYNC_X86_VALID_FIELDS
 from kvmfs.abi.flags import KVM_X86_DEFAULT_VM
 from kvmfs.abi.x86 import KVM_MAX_VCPU_IDS, KVM_MAX_VCPUS, KVM_USER_MEM_SLOTS
 from kvmfs.kvm.dirty_log import KVM_DIRTY_LOG_MANUAL_CAPS

@@ -291,6 +291,8 @@ def _enter_guest(vcpu: Vcpu, run: memoryview, arch: VcpuArch) -> int:
         arch.entry_check = False
     if run[_REQUEST_WINDOW]:
         cpu.set_interrupt_window(True)
+    if arch.guest_debug:
+        vcpu.vm.vendor.prepare_debugged_entry(vcpu)
     kind = cpu.run()
     if arch.given:
         events.complete_events(vcpu)

@@ -15,7 +15,7 @@ from kvmfs.abi import exits as kx
 from kvmfs.abi.cpuid import X86_FEATURE_MWAIT
 from kvmfs.abi.flags import KVM_X86_QUIRK_MWAIT_NEVER_UD_FAULTS
 from kvmfs.abi.x86 import CR4_OSXSAVE
-from kvmfs.kvm import events, msr_filter, regs
+from kvmfs.kvm import events, msr_filter, regs, xsave
 from kvmfs.kvm.emulate import (
     complete_insn_gp,
     decode,
@@ -103,12 +103,7 @@ def _xsetbv(vcpu: Vcpu) -> int:
     if not cpu.cr4 & CR4_OSXSAVE:
         return _undefined(vcpu)
     value = (cpu.gpr(RAX) & M32) | (cpu.gpr(RDX) & M32) << 32
-    ok = (vcpu.vm.vendor.get_cpl(vcpu) == 0 and cpu.gpr(RCX) & M32 == 0 and bool(value & 1)
-          and not value & ~(vcpu.arch.cpuid.supported_xcr0 | 1))
-    if ok:
-        cpu.xcr0 = value
-        cpu.commit_state()
-        vcpu.arch.cpuid_changed = True
+    ok = vcpu.vm.vendor.get_cpl(vcpu) == 0 and xsave.set_xcr(vcpu, cpu.gpr(RCX) & M32, value)
     return complete_insn_gp(vcpu, ok, 3)
 
 

@@ -124,6 +124,9 @@ class KvmX86Ops(abc.ABC):
     def inject_irq_blocked(self, vcpu: Vcpu) -> bool:
         """Does this hardware refuse to enter with an external interrupt when IF is clear?"""
 
+    def prepare_debugged_entry(self, vcpu: Vcpu) -> None:
+        """What an entry needs while KVM_SET_GUEST_DEBUG is in force."""
+
     @abc.abstractmethod
     def shutdown(self, vcpu: Vcpu) -> None:
         """A triple fault is about to be reported: what it leaves in the registers."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from kvmfs.abi import msrs as M
 from kvmfs.abi import x86 as X
+from kvmfs.abi.exits import KVM_GUESTDBG_SINGLESTEP
 from kvmfs.abi.structs import KvmSegment
 from kvmfs.kvm import regs
 from kvmfs.vendor import segments
@@ -73,6 +74,11 @@ class Vmx(KvmX86Ops):
 
     def inject_irq_blocked(self, vcpu: Vcpu) -> bool:
         return True
+
+    def prepare_debugged_entry(self, vcpu: Vcpu) -> None:
+        """Entry with TF wants a pending #DB where STI or MOV SS shadow the instruction: the shadow goes instead."""
+        if vcpu.arch.guest_debug & KVM_GUESTDBG_SINGLESTEP:
+            vcpu.cpu.interrupt_shadow = 0
 
     def shutdown(self, vcpu: Vcpu) -> None:
         """The registers stay as they were at the triple fault."""

@@ -344,3 +344,53 @@ def test_breakpoints_are_each_vcpus_own(machine, vendor):
     assert m.ioctl(VCPU_INODE + 1, K.KVM_RUN)[0] == 0
     assert struct.unpack_from("<I", m.vm.vcpus[1].run, 8)[0] == kx.KVM_EXIT_HLT
     halted(m)
+
+
+@BOTH
+def test_single_step_over_an_mmio_write(machine, vendor):
+    """As in Linux, where the emulator's write ends with the client's answer: the next step is the one reported."""
+    m = machine(vendor, "mov [0x9000], al; nop; nop; hlt")
+    m.region(0, 0, 0, 0, 0)
+    m.region(0, 0, 0x8000, 0x1000, 0x8000)
+    assert debug(m, ENABLE | STEP) == 0
+    m.run()
+    assert m.mmio() == (0x9000, b"\0", 1)
+    assert m.regs()["rip"] == CODE + 3
+    assert stop(m)[1:3] == (CODE + 4, LOW | BS)
+
+
+@BOTH
+def test_single_step_through_sti_and_hlt(machine, vendor):
+    m = machine(vendor, "sti; nop; hlt; nop; hlt")
+    assert debug(m, ENABLE | STEP) == 0
+    assert [stop(m)[1] - CODE for _ in range(2)] == [1, 2]
+    halted(m)                                        # HLT wins over the step
+    assert stop(m)[1] == CODE + 4
+
+
+@BOTH
+def test_breakpoint_on_an_instruction_that_exits(machine, vendor):
+    m = machine(vendor, "at: out 0x80, al; second: cpuid; third: mov al, [0x9000]; hlt")
+    m.region(0, 0, 0, 0, 0)
+    m.region(0, 0, 0x8000, 0x1000, 0x8000)
+    s = m.symbols
+    assert debug(m, ENABLE | HW, 0x400 | 0x2A, (s["at"], s["second"], s["third"])) == 0
+    assert stop(m)[1] == s["at"]
+    assert m.run() == 0
+    assert m.io()[:3] == (1, 1, 0x80)
+    assert stop(m)[1] == s["second"]
+    assert stop(m)[1] == s["third"]
+    m.run()
+    assert m.mmio()[0] == 0x9000
+    halted(m)
+
+
+@BOTH
+def test_reset_takes_the_guests_breakpoints_away(machine, vendor):
+    m = machine(vendor, "lidt [none]; at: int3; none: .word 0, 0, 0")
+    regs = debugregs(m)
+    regs.db[0], regs.dr7 = m.symbols["none"], 0x402
+    assert m.vcpu_ioctl(K.KVM_SET_DEBUGREGS, 1, bytes(regs))[0] == 0
+    assert m.run() == 0
+    assert m.reason == kx.KVM_EXIT_SHUTDOWN
+    assert debugregs(m).dr7 == (0x400 if vendor == "amd" else 0x402)

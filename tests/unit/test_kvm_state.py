@@ -287,7 +287,7 @@ def test_without_an_apic(machine, vendor):
     control = struct.pack("<II32s", 1, 0, b"r" * 32)
     assert m.vcpu_ioctl(K.KVM_TPR_ACCESS_REPORTING, 1, control) == (0, control)
     assert m.vcpu_ioctl(K.KVM_TPR_ACCESS_REPORTING, 1, struct.pack("<II32x", 1, 1))[0] == -errno.EINVAL
-    assert m.vcpu_ioctl(K.KVM_SMI)[0] == -errno.EINVAL
+    assert m.vcpu_ioctl(K.KVM_SMI)[0] == -errno.ENOTTY
 
 
 # ---- sync regs -------------------------------------------------------------------------------------------
