@@ -15,6 +15,7 @@ extern const struct subtest basic_subtests[];	/* modes, HLT, SHUTDOWN, signals, 
 extern const struct subtest port_subtests[];
 extern const struct subtest mmio_subtests[];
 extern const struct subtest event_subtests[];	/* exceptions, interrupts, NMI */
+extern const struct subtest memory_subtests[];	/* dirty logging, many slots, writes that do not exit */
 
 /* Long mode with these registers, and rdx = 0x5000 (the port of INS and OUTS). */
 void begin_long(struct client *c, uint64_t rsi, uint64_t rdi, uint64_t rcx);
