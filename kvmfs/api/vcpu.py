@@ -95,6 +95,11 @@ def nmi(vcpu: Vcpu, req: RequestLike) -> int:
     return 0
 
 
+def smi(vcpu: Vcpu, req: RequestLike) -> int:
+    """KVM_SMI (api.rst 4.117).  ENOTTY: there is no SMM, as in a kernel built without it."""
+    raise KvmError(errno.ENOTTY)
+
+
 def get_mp_state(vcpu: Vcpu, req: RequestLike) -> bytes:
     """KVM_GET_MP_STATE (api.rst 4.38)."""
     return _U32.pack(vcpu.arch.mp_state)

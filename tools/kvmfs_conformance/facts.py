@@ -40,7 +40,7 @@ def collect(node: Node, outcomes: Iterable[Outcome]) -> Facts:
     facts = Facts(identity(node), {number: value for number, value in node.caps.items() if value})
     for outcome in outcomes:
         facts.cases[outcome.case.id] = {
-            "status": outcome.status.value, "reason": outcome.reason, "seconds": round(outcome.seconds, 4),
+            "status": outcome.status.value, "reason": outcome.reason,
             "checks": {check.label: check.outcome for check in outcome.checks},
             "failures": [{"check": check.label, "outcome": check.outcome, "expected": check.expected}
                          for check in outcome.failures]}

@@ -6,7 +6,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -271,22 +271,6 @@ def _text(value: object) -> str:
     return str(value)
 
 
-def raw(data: ctypes.Structure | ctypes.Array[ctypes.c_char]) -> bytes:
-    """The bytes of a struct."""
-    return bytes(data)
-
-
 def buffer(size: int, data: bytes = b"") -> ctypes.Array[ctypes.c_char]:
     """``size`` bytes that begin with ``data``; the rest is 0."""
     return (ctypes.c_char * size).from_buffer_copy(data.ljust(size, b"\0"))
-
-
-def ranges(numbers: Iterable[int]) -> str:
-    """1, 2, 3, 7 as ``1-3 7``."""
-    parts: list[list[int]] = []
-    for number in sorted(numbers):
-        if parts and parts[-1][1] == number - 1:
-            parts[-1][1] = number
-        else:
-            parts.append([number, number])
-    return " ".join(f"{low}-{high}" if high > low else str(low) for low, high in parts)
