@@ -135,18 +135,24 @@ class Broker:
         self.mount = self._pidfd = -1
         self.process.close()
 
-    def control(self, op: str, **fields: Any) -> Message | None:
-        """Tell the worker something and wait for its answer; None when it is gone or does not answer."""
+    def control(self, op: str, *, patience: float = PATIENCE, **fields: Any) -> Message | None:
+        """Tell the worker something and wait for its answer; None when it is gone, or does not answer and is killed."""
         with self._control_lock:
             try:
                 self._control.send(op, **fields)
-                return self._control.receive(PATIENCE)
-            except TimeoutError:
-                self._overdue()
+                return self._control.receive(patience)
+            except (TimeoutError, BlockingIOError):
+                self._overdue(patience)
             except (OSError, LinkError, ValueError) as error:
                 if not self._ending:
                     log.debug("VM %d: %s not delivered: %s", self.number, op, error)
             return None
+
+    def ping(self, seconds: float) -> None:
+        """The worker answers within that time, or is killed."""
+        answer = self.control("ping", patience=seconds)
+        if answer is not None:
+            answer.close()
 
     def relay(self, tid: int, inode: int, cmd: int, arg: int) -> tuple[int, int]:
         """Have the worker carry out an ioctl for a client that is held elsewhere.
@@ -176,8 +182,8 @@ class Broker:
                 return -errno.EIO, -1
         return result, self.open_file(name) if name else -1
 
-    def _overdue(self) -> None:
-        log.error("VM %d: worker %d does not answer within %g s; it is killed", self.number, self.pid, PATIENCE)
+    def _overdue(self, patience: float = PATIENCE) -> None:
+        log.error("VM %d: worker %d does not answer within %g s; it is killed", self.number, self.pid, patience)
         self.kill()
 
     def _run(self, closed: Callable[[Broker], None]) -> None:

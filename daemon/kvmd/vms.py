@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from kvmd import sandbox
 from kvmd.broker import PATIENCE, Broker
+from kvmd.hangs import HangWatch
 from kvmd.link import Message
 from kvmd.watchdog import Watchdog
 from kvmd.worker import VM_FILE
@@ -58,6 +59,7 @@ class Vms:
     def __init__(self, zygote: Zygote, vendor: str, passthrough: bool) -> None:
         self._zygote, self._vendor, self.passthrough = zygote, vendor, passthrough
         self._watchdog = Watchdog()
+        self._hangs = HangWatch(self.brokers)
         self._lock = threading.Lock()
         self._brokers: dict[int, Broker] = {}
         self.closing = False
@@ -93,6 +95,7 @@ class Vms:
         # From here on the VM ends by itself when nobody holds its file.
         tgid = process.tgid
         broker.start(self._closed)
+        self._hangs.wake()
         try:
             if isinstance(req, Receiver):
                 req.give(file)

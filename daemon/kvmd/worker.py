@@ -157,6 +157,8 @@ class Worker:
                 self._stop()
             case "ioctl":
                 return self._relayed(message)
+            case "ping":
+                pass
             case "stat":
                 return {"vcpus": len(self.vm.vcpus), "files": self._open_files}
             case _:

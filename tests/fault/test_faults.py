@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import os
 import random
@@ -21,6 +22,13 @@ PHASES = ["open", "vm", "memory", "vcpu", "io", "mmio", "run", "three", "creatin
 IN_A_ROW = int(os.environ.get("KVMFS_TEST_VMS", "200"))     # 1000 for the whole test
 KILLS = 10
 GROWTH = 8 << 20                                             # bytes that a daemon may grow by: allocator noise
+
+
+PTRACE_CONT, PTRACE_SEIZE, PTRACE_INTERRUPT, WALL = 7, 0x4206, 0x4207, 0x40000000
+
+
+def ptrace(request: int, tid: int) -> int:
+    return int(ctypes.CDLL(None).ptrace(ctypes.c_long(request), ctypes.c_long(tid), None, None))
 
 
 @contextlib.contextmanager
@@ -133,6 +141,64 @@ def test_a_worker_is_killed(warm):
             with victim(warm.node, "io"):       # and new VMs can be made
                 pass
     assert_back(warm, before)
+
+
+@pytest.mark.parametrize("phase", ["vm", "run", "count", "three"])
+def test_a_client_of_a_hung_worker_can_be_killed(warm, phase):
+    before = what_there_is(warm)
+    with victim(warm.node, "count") as other:
+        last = some_exits(other)
+        others = set(warm.workers())
+        with victim(warm.node, phase) as process:
+            if phase == "count":
+                some_exits(process)
+            stopped = set(warm.workers()) - others
+            assert stopped
+            for worker in stopped:
+                os.kill(worker, signal.SIGSTOP)
+            time.sleep(0.2)
+            process.kill()
+            process.wait(15)
+            warm.wait_for_vms(1, 15)
+            assert some_exits(other) > last
+    assert_back(warm, before)
+    if phase in ("run", "count"):
+        assert "does not answer" in warm.log
+
+
+def test_a_client_of_a_hung_handler_can_be_killed(warm):
+    """The worker still answers pings, but not its client."""
+    before = what_there_is(warm)
+    with victim(warm.node, "run") as process:
+        worker, = warm.workers()
+        # All threads are held but the main one and the one of the control link, which are the first two.
+        held = sorted(map(int, os.listdir(f"/proc/{worker}/task")))[2:]
+        for tid in held:
+            assert ptrace(PTRACE_SEIZE, tid) == ptrace(PTRACE_INTERRUPT, tid) == 0
+            os.waitpid(tid, WALL)
+        try:
+            process.kill()
+            process.wait(20)
+        finally:
+            for tid in held:
+                ptrace(PTRACE_CONT, tid)
+                with contextlib.suppress(ChildProcessError):
+                    os.waitpid(tid, WALL)
+    assert_back(warm, before, 10)
+    assert "cannot die" in warm.log
+
+
+def test_a_worker_that_was_stopped_for_a_while_goes_on(warm):
+    with victim(warm.node, "count") as process:
+        some_exits(process)
+        worker, = warm.workers()
+        os.kill(worker, signal.SIGSTOP)
+        time.sleep(5)
+        os.kill(worker, signal.SIGCONT)
+        last = some_exits(process)
+        for _ in range(100):
+            some_exits(process)
+        assert some_exits(process) > last
 
 
 def test_all_workers_are_killed(warm):
