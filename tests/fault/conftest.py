@@ -3,16 +3,10 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
-import pytest
-
-from tests.integration.conftest import kvmd, nothing_left, start_kvmd, vendor  # noqa: F401
+from tests.daemon import kvmd, nothing_left, skip_without_fuse, start_kvmd, vendor  # noqa: F401
 
 
 def pytest_collection_modifyitems(items):
-    if os.geteuid() != 0 or not os.access("/dev/fuse", os.R_OK | os.W_OK):
-        for item in items:
-            if Path(__file__).parent in item.path.parents:
-                item.add_marker(pytest.mark.skip(reason="needs root and /dev/fuse"))
+    skip_without_fuse(items, Path(__file__).parent)

@@ -9,7 +9,7 @@ import subprocess
 import pytest
 
 from tests.clients import PYTHON_CLIENT, SOURCES, assert_all_ok, assert_hello, program, public_copy, subtests
-from tests.integration.conftest import kvmfs_run, ordinary_user
+from tests.daemon import kvmfs_run, ordinary_user
 
 # Without privilege a file that the client has mapped and closed cannot be opened (mechanisms: map_files).
 NEEDS_PRIVILEGE = "shared_memory_without_fd"

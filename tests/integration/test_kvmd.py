@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from conftest import Kvmd, census, kvmfs_run, ordinary_user, settle
+
+from tests.daemon import ENVIRONMENT, KVMFS, Kvmd, census, kvmfs_run, ordinary_user, settle
 
 CLIENT = [sys.executable, str(Path(__file__).with_name("client.py"))]
 HELLO = "Hi /kvm-vm /kvm-vcpu:0\n"
@@ -263,8 +264,6 @@ def test_run_passes_the_exit_status(nothing_left, command, status):
 
 
 def test_run_forwards_signals(nothing_left):
-    from conftest import ENVIRONMENT, KVMFS
-
     process = subprocess.Popen([*KVMFS, "run", "--", "sh", "-c", 'trap "exit 9" TERM; echo ready; while :; do sleep 0.1; done'],
                                stdout=subprocess.PIPE, env=ENVIRONMENT, text=True)
     assert process.stdout.readline() == "ready\n"
@@ -274,8 +273,6 @@ def test_run_forwards_signals(nothing_left):
 
 
 def test_run_killed_leaves_nothing_but_its_directory(tmp_path):
-    from conftest import ENVIRONMENT, KVMFS
-
     before = census()
     process = subprocess.Popen([*KVMFS, "run", "--", *CLIENT, "/dev/kvm", "hold", "node"], stdout=subprocess.PIPE, text=True,
                                env={**ENVIRONMENT, "TMPDIR": str(tmp_path)})

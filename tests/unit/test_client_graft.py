@@ -313,10 +313,9 @@ def test_two_threads_of_ours_take_turns(rig: Rig, program: Path, memfd: int) -> 
     def work() -> None:
         try:
             for _ in range(20):
-                with lock:
+                with lock:          # once: when one client is through, the other's call must not wait for who waits for it
                     call = rig.call(CREATE_VCPU)
-                thread = Thread.seize(call.tid)
-                with lock:
+                    thread = Thread.seize(call.tid)
                     rig.answer(call, 0)
                 thread.arrive()
                 thread.finish(thread.graft(memfd))
