@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.conftest import Kvmd
+from tests.daemon import Kvmd
 
 GIVEN = os.environ.get("KVMFS_TEST_NODE")
 
