@@ -148,7 +148,7 @@ class Worker:
             case "suspend":
                 self.vm.suspend()
             case "resume":
-                self.vm.resume()
+                self.vm.resume(message.integer("slept", 0, 1 << 62) if "slept" in message.body else 0)
             case "cpu_offline":
                 cpu = message.integer("cpu", 0, 65535)
                 self.follower.cpu_offline(cpu)

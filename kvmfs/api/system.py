@@ -16,7 +16,7 @@ from kvmfs.abi.exits import KVM_API_VERSION
 from kvmfs.abi.flags import KVM_X86_XCOMP_GUEST_SUPP
 from kvmfs.abi.x86 import KVM_MAX_CPUID_ENTRIES
 from kvmfs.errors import KvmError
-from kvmfs.kvm import caps, cpuid, cpuid_supported, msr_lists
+from kvmfs.kvm import caps, cpuid, cpuid_supported, mce, msr_lists
 from kvmfs.kvm.kvm_main import VCPU_MMAP_SIZE
 
 if TYPE_CHECKING:
@@ -47,6 +47,11 @@ def get_vcpu_mmap_size(kvm: Kvm, req: RequestLike) -> int:
     if req.arg:
         raise KvmError(errno.EINVAL)
     return VCPU_MMAP_SIZE
+
+
+def x86_get_mce_cap_supported(kvm: Kvm, req: RequestLike) -> bytes:
+    """KVM_X86_GET_MCE_CAP_SUPPORTED (api.rst 4.103): what a client may set in IA32_MCG_CAP."""
+    return struct.pack("<Q", mce.supported_cap(kvm.vendor.name))
 
 
 def get_supported_cpuid(kvm: Kvm, req: RequestLike) -> bytes:

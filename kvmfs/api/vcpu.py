@@ -12,6 +12,16 @@ from typing import TYPE_CHECKING
 
 from kvmfs.abi.structs import KvmFpu, KvmSregs, KvmVcpuEvents
 from kvmfs.api.vcpu_caps import enable_cap  # noqa: F401 (a handler)
+from kvmfs.api.vcpu_clock import (  # noqa: F401 (handlers)
+    get_device_attr,
+    get_tsc_khz,
+    has_device_attr,
+    kvmclock_ctrl,
+    set_device_attr,
+    set_tsc_khz,
+    x86_set_mce,
+    x86_setup_mce,
+)
 from kvmfs.api.vcpu_state import (  # noqa: F401 (handlers)
     get_debugregs,
     get_lapic,

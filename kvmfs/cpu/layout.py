@@ -244,6 +244,7 @@ def load() -> ctypes.CDLL:
         "nv_fxsave": (None, (ptr, ptr)),
         "nv_fxrstor": (None, (ptr, ptr)),
         "nv_host_tsc": (u64, ()),
+        "nv_clock_and_tsc": (u64, (i32, ptr)),
     }
     for name, (result, arguments) in prototypes.items():
         function = getattr(lib, name)

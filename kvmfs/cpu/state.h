@@ -346,3 +346,20 @@ void nv_fxrstor(Vcpu *v, const u8 *b) {
 }
 
 u64 nv_host_tsc(void) { return __builtin_ia32_rdtsc(); }
+
+// A clock in nanoseconds and the TSC at the same moment: the closest of a few readings.
+u64 nv_clock_and_tsc(int clock, u64 *tsc) {
+    u64 best = ~0ull, ns = 0;
+    for (int i = 0; i < 5; i++) {
+        struct timespec t;
+        u64 before = __builtin_ia32_rdtsc();
+        clock_gettime(clock, &t);
+        u64 width = __builtin_ia32_rdtsc() - before;
+        if (width < best) {
+            best = width;
+            *tsc = before + width / 2;
+            ns = t.tv_sec * 1000000000ull + t.tv_nsec;
+        }
+    }
+    return ns;
+}

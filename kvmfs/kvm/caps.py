@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING
 from kvmfs.abi import caps as K
 from kvmfs.abi.exits import KVM_COALESCED_MMIO_PAGE_OFFSET, KVM_SYNC_X86_VALID_FIELDS
 from kvmfs.abi.flags import KVM_X86_DEFAULT_VM
-from kvmfs.abi.x86 import KVM_MAX_VCPU_IDS, KVM_MAX_VCPUS, KVM_USER_MEM_SLOTS
+from kvmfs.abi.x86 import KVM_MAX_MCE_BANKS, KVM_MAX_VCPU_IDS, KVM_MAX_VCPUS, KVM_USER_MEM_SLOTS
+from kvmfs.kvm import steal_time
 from kvmfs.kvm.dirty_log import KVM_DIRTY_LOG_MANUAL_CAPS
 from kvmfs.kvm.enable_cap import HYPERCALL_EXITS, SUPPORTED_DISABLE_EXITS, SUPPORTED_QUIRKS
 from kvmfs.kvm.guest_debug import GUESTDBG_VALID_MASK
+from kvmfs.kvm.kvmclock import VALID_FLAGS as KVM_CLOCK_VALID_FLAGS
 from kvmfs.kvm.xsave import XSAVE_SIZE
 
 if TYPE_CHECKING:
@@ -87,13 +89,19 @@ SUPPORTED: dict[int, int | Callable[[], int]] = {
     K.KVM_CAP_EXIT_ON_EMULATION_FAILURE: 1,
     K.KVM_CAP_DISABLE_QUIRKS2: SUPPORTED_QUIRKS,
     K.KVM_CAP_X86_TRIPLE_FAULT_EVENT: 1,
+    K.KVM_CAP_CLOCKSOURCE: 1,
+    K.KVM_CAP_ADJUST_CLOCK: KVM_CLOCK_VALID_FLAGS,
+    K.KVM_CAP_GET_TSC_KHZ: 1,
+    K.KVM_CAP_KVMCLOCK_CTRL: 1,
+    K.KVM_CAP_VCPU_ATTRIBUTES: 1,
+    K.KVM_CAP_STEAL_TIME: lambda: int(steal_time.available()),
+    K.KVM_CAP_MCE: KVM_MAX_MCE_BANKS,
 }
 """number → value, or what computes it."""
 
 _IRQCHIP = "there is no in-kernel irqchip"
 _ENABLE = "KVM_ENABLE_CAP has no effect for it"
 _IOCTL = "its ioctls have no handler"
-_PV = "the guest-visible part does not exist"
 _HYPERV = "no Hyper-V enlightenments"
 _SEV = "no encrypted guests"
 _DIRTY = "no dirty logging"
@@ -102,27 +110,22 @@ _PMU = "no PMU"
 ABSENT: dict[int, str] = {
     K.KVM_CAP_IRQCHIP: _IRQCHIP,
     K.KVM_CAP_VAPIC: _IRQCHIP,
-    K.KVM_CAP_CLOCKSOURCE: _PV,
     K.KVM_CAP_PIT: _IRQCHIP,
     K.KVM_CAP_SYNC_MMU: "a client's later mmap or munmap in a slot's range is not followed",
     K.KVM_CAP_REINJECT_CONTROL: _IRQCHIP,
     K.KVM_CAP_IRQ_ROUTING: _IRQCHIP,
     K.KVM_CAP_IRQ_INJECT_STATUS: _IRQCHIP,
-    K.KVM_CAP_MCE: _IOCTL,
     K.KVM_CAP_IRQFD: _IRQCHIP,
     K.KVM_CAP_PIT2: _IRQCHIP,
     K.KVM_CAP_PIT_STATE2: _IRQCHIP,
     K.KVM_CAP_XEN_HVM: "no Xen guests",
-    K.KVM_CAP_ADJUST_CLOCK: _IOCTL,
     K.KVM_CAP_HYPERV: _HYPERV,
     K.KVM_CAP_HYPERV_VAPIC: _HYPERV,
     K.KVM_CAP_HYPERV_SPIN: _HYPERV,
     K.KVM_CAP_PCI_SEGMENT: "device assignment is gone from KVM; Linux still says 1",
-    K.KVM_CAP_ASYNC_PF: _PV,
+    K.KVM_CAP_ASYNC_PF: _IRQCHIP,
     K.KVM_CAP_TSC_CONTROL: "no TSC scaling",
-    K.KVM_CAP_GET_TSC_KHZ: _IOCTL,
     K.KVM_CAP_TSC_DEADLINE_TIMER: _IRQCHIP,
-    K.KVM_CAP_KVMCLOCK_CTRL: _IOCTL,
     K.KVM_CAP_SIGNAL_MSI: _IRQCHIP,
     K.KVM_CAP_IRQFD_RESAMPLE: _IRQCHIP,
     K.KVM_CAP_DEVICE_CTRL: _IOCTL,
@@ -132,7 +135,6 @@ ABSENT: dict[int, str] = {
     K.KVM_CAP_MULTI_ADDRESS_SPACE: "the second address space is SMM's",
     K.KVM_CAP_SPLIT_IRQCHIP: _IRQCHIP,
     K.KVM_CAP_HYPERV_SYNIC: _HYPERV,
-    K.KVM_CAP_VCPU_ATTRIBUTES: _IOCTL,
     K.KVM_CAP_X2APIC_API: _IRQCHIP,
     K.KVM_CAP_HYPERV_SYNIC2: _HYPERV,
     K.KVM_CAP_HYPERV_VP_INDEX: _HYPERV,
@@ -145,10 +147,9 @@ ABSENT: dict[int, str] = {
     K.KVM_CAP_PMU_EVENT_FILTER: _PMU,
     K.KVM_CAP_HYPERV_DIRECT_TLBFLUSH: _HYPERV,
     K.KVM_CAP_HALT_POLL: "HLT always exits: nothing polls",
-    K.KVM_CAP_ASYNC_PF_INT: _PV,
+    K.KVM_CAP_ASYNC_PF_INT: _IRQCHIP,
     K.KVM_CAP_LAST_CPU: "fail_entry.cpu and internal_error's last CPU are not told",
     K.KVM_CAP_SMALLER_MAXPHYADDR: "reserved bits of guest page tables follow the engine's width",
-    K.KVM_CAP_STEAL_TIME: _PV,
     K.KVM_CAP_SYS_HYPERV_CPUID: _HYPERV,
     K.KVM_CAP_DIRTY_LOG_RING: _DIRTY,
     K.KVM_CAP_X86_BUS_LOCK_EXIT: "split locks are not noticed",

@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kvmfs.abi import msrs as M
-from kvmfs.kvm import regs
+from kvmfs.kvm import kvmclock, regs
 from kvmfs.kvm.msrs import CPU_ATTRIBUTES
 from kvmfs.vendor.ops import SEG_FS, SEG_GS
 
@@ -45,7 +45,7 @@ class VcpuMsrs:
             cpu.set_segment(_BASES[index], selector, value, limit, attrib)
             cpu.commit_state()
         elif index == M.MSR_IA32_TSC:
-            cpu.tsc_offset = (value - cpu.host_tsc()) & _M64
+            kvmclock.synchronize_tsc(vcpu, value)
         elif index == M.MSR_EFER:
             return regs.set_efer(vcpu, value, host_initiated=host_initiated)
         else:

@@ -15,17 +15,20 @@ import struct
 from functools import cache
 
 from kvmfs.abi import cpuid as C
+from kvmfs.abi import para
 from kvmfs.abi.flags import KVM_CPUID_FLAG_SIGNIFCANT_INDEX
-from kvmfs.abi.para import KVM_CPUID_FEATURES, KVM_CPUID_SIGNATURE, KVM_FEATURE_NOP_IO_DELAY, KVM_SIGNATURE
+from kvmfs.abi.para import KVM_CPUID_FEATURES, KVM_CPUID_SIGNATURE, KVM_SIGNATURE
+from kvmfs.kvm import steal_time
 from kvmfs.kvm.cpuid import (
     SUPPORTED_XCR0,
     CpuidEntry,
     xstate_required_size,
 )
 
-# Of KVM's paravirtual features only the one that needs nothing of us: port 0x80 need not be written for
-# delay.
-KVM_FEATURES = 1 << KVM_FEATURE_NOP_IO_DELAY
+# KVM's paravirtual features that need no in-kernel APIC.
+KVM_FEATURES = (
+    para.KVM_FEATURE_CLOCKSOURCE, para.KVM_FEATURE_NOP_IO_DELAY, para.KVM_FEATURE_CLOCKSOURCE2,
+    para.KVM_FEATURE_POLL_CONTROL, para.KVM_FEATURE_PV_SCHED_YIELD, para.KVM_FEATURE_CLOCKSOURCE_STABLE_BIT)
 MAX_BASIC_LEAF = 0xD
 MAX_EXTENDED_LEAF = 0x80000008
 PHYS_BITS, VIRT_BITS = 40, 48
@@ -140,6 +143,12 @@ def _extended(vendor: str, leaf: int) -> CpuidEntry:
     return _entry(leaf)
 
 
+def kvm_features() -> int:
+    """EAX of leaf 0x40000001."""
+    features = sum(1 << feature for feature in KVM_FEATURES)
+    return features | steal_time.available() << para.KVM_FEATURE_STEAL_TIME
+
+
 @cache
 def supported(vendor: str) -> tuple[CpuidEntry, ...]:
     """The entries of KVM_GET_SUPPORTED_CPUID in Linux's order.  ``vendor``: "intel" or "amd"."""
@@ -148,7 +157,7 @@ def supported(vendor: str) -> tuple[CpuidEntry, ...]:
         *(entry for leaf in range(MAX_BASIC_LEAF + 1) for entry in _basic(vendor, leaf)),
         *(_extended(vendor, leaf) for leaf in range(0x80000000, MAX_EXTENDED_LEAF + 1)),
         _entry(KVM_CPUID_SIGNATURE, (KVM_CPUID_FEATURES, *signature)),
-        _entry(KVM_CPUID_FEATURES, (KVM_FEATURES, 0, 0, 0)),
+        _entry(KVM_CPUID_FEATURES, (kvm_features(), 0, 0, 0)),
     )
 
 

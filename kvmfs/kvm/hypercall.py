@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from kvmfs.abi import exits as kx
 from kvmfs.abi import para
 from kvmfs.abi.flags import KVM_X86_QUIRK_FIX_HYPERCALL_INSN
-from kvmfs.kvm import events, mmu, regs
+from kvmfs.kvm import events, kvmclock, mmu, regs
 from kvmfs.kvm.emulate import fetch, skip_emulated_instruction
 from kvmfs.kvm.pv import guest_pv_has
 
@@ -55,6 +55,8 @@ def emulate_hypercall(vcpu: Vcpu) -> int:
 def _call(vcpu: Vcpu, number: int, a0: int, a1: int) -> int:
     if number == para.KVM_HC_VAPIC_POLL_IRQ:
         return 0
+    if number == para.KVM_HC_CLOCK_PAIRING:
+        return kvmclock.clock_pairing(vcpu, a0, a1)
     # A vCPU that waits for an interrupt is not in its guest, and who spins on another gives way by itself.
     if number == para.KVM_HC_SCHED_YIELD and guest_pv_has(vcpu, para.KVM_FEATURE_PV_SCHED_YIELD):
         return 0

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from kvmfs.cpu.engine import Engine
 from kvmfs.errors import KvmError
-from kvmfs.kvm import eventfd, x86
+from kvmfs.kvm import eventfd, kvmclock, x86
 from kvmfs.kvm.iodev import IoBus
 from kvmfs.kvm.memslots import MemSlots
 
@@ -94,9 +94,11 @@ class Vm:
     def online_vcpu(self, vcpu: Vcpu) -> None:
         """The vCPU is complete: others may find it."""
         self.vcpus.append(vcpu)
+        x86.vcpu_postcreate(vcpu)
 
     def drop_vcpu(self, vcpu: Vcpu) -> None:
         """Creation failed after :meth:`create_vcpu`."""
+        kvmclock.forget_vcpu(vcpu)
         vcpu.close()
         with self.lock:
             self.created_vcpus -= 1
@@ -113,12 +115,15 @@ class Vm:
             vcpu.kick()
 
     def suspend(self) -> None:
-        """All vCPUs leave the guest and wait (``kvm_suspend``)."""
+        """All vCPUs leave the guest and wait (``kvm_suspend``); their guests will know."""
+        kvmclock.suspend_notifier(self)
         self.arch.resumed.clear()
         self.kick_all()
 
-    def resume(self) -> None:
-        """Clocks have been set right by the caller; vCPUs go on (``kvm_resume``)."""
+    def resume(self, slept: int = 0) -> None:
+        """vCPUs go on (``kvm_resume``).  ``slept``: nanoseconds since they should have stopped."""
+        if slept:
+            kvmclock.resumed(self)
         self.arch.resumed.set()
 
     def destroy(self) -> None:

@@ -23,6 +23,8 @@ from kvmfs.abi.x86 import KVM_MAX_MCE_BANKS
 from kvmfs.kvm import mtrr
 from kvmfs.kvm.msr_lists import (
     FEATURE_VALUES,
+    KVM_MSRS,
+    KVM_MSRS_LAST,
     LEGACY_PMU_MSRS,
     TSC_RATIO_DEFAULT,
 )
@@ -60,6 +62,9 @@ CPU_STATE_MSRS = frozenset((*CPU_ATTRIBUTES, M.MSR_EFER, M.MSR_FS_BASE, M.MSR_GS
                             M.MSR_IA32_APICBASE))
 
 
+PV_MSRS = frozenset((*KVM_MSRS, *KVM_MSRS_LAST))
+
+
 class CpuMsrs(Protocol):
     """The MSRs in CPU_STATE_MSRS of one vCPU.  Values handed to ``write`` are checked and canonical
     already.
@@ -72,6 +77,17 @@ class CpuMsrs(Protocol):
 
     def adjust_tsc(self, delta: int) -> None:
         """Add ``delta`` (modulo 2**64) to the TSC's offset."""
+
+
+class PvMsrs(Protocol):
+    """KVM's own MSRs (PV_MSRS) of one vCPU."""
+
+    def has(self, index: int) -> bool:
+        """May this guest use it?"""
+
+    def read(self, index: int) -> int | None: ...
+
+    def write(self, index: int, value: int, host_initiated: bool) -> bool: ...
 
 
 class MsrPolicy(Protocol):
@@ -113,10 +129,11 @@ class MsrFile:
     """
 
     def __init__(self, vendor: str, cpuid: Callable[[], CpuidTable], cpu: CpuMsrs,
-                 policy: MsrPolicy | None = None) -> None:
+                 policy: MsrPolicy | None = None, pv: PvMsrs | None = None) -> None:
         self.vendor = vendor
         self.cpuid_mirror_changed: Callable[[], None] = lambda: None     # called when CPUID.MWAIT is to change
         self._policy: MsrPolicy = policy if policy is not None else _DefaultPolicy()
+        self._pv = pv
         self.mcg_cap = KVM_MAX_MCE_BANKS
         self._cpuid, self._cpu = cpuid, cpu
         features = FEATURE_VALUES[vendor]
@@ -142,6 +159,8 @@ class MsrFile:
         """The value, or None: the guest gets #GP, the client's KVM_GET_MSRS stops here."""
         if index in CPU_STATE_MSRS:
             return self._read_cpu(index)
+        if self._pv is not None and index in PV_MSRS:
+            return self._pv.read(index)
         if index in _OSVW and not self._cpuid().has(C.X86_FEATURE_OSVW):
             return None
         if not host_initiated and self._hidden(index):
@@ -186,6 +205,8 @@ class MsrFile:
 
     def set(self, index: int, value: int, *, host_initiated: bool) -> bool:
         """Write; False: the guest gets #GP, the client's KVM_SET_MSRS stops here."""
+        if self._pv is not None and index in PV_MSRS:
+            return self._pv.write(index, value, host_initiated)
         writer = _WRITERS.get(index)
         if writer is not None:
             return writer(self, index, value, host_initiated)
@@ -193,6 +214,8 @@ class MsrFile:
 
     def is_unknown(self, index: int, *, write: bool) -> bool:
         """Of an access that failed: is it because there is no such MSR (KVM_MSR_RET_UNSUPPORTED)?"""
+        if index in PV_MSRS:
+            return self._pv is None or not self._pv.has(index)
         if index in _VENDORS_OWN and index not in self._values:
             return True
         if write:
@@ -303,7 +326,8 @@ class MsrFile:
     def _set_feat_ctl(self, index: int, value: int, host_initiated: bool) -> bool:
         if self.vendor != "intel":
             return False
-        if not host_initiated and (self._values[index] & M.FEAT_CTL_LOCKED or value & ~M.FEAT_CTL_LOCKED):
+        lmce = M.FEAT_CTL_LMCE_ENABLED if self.mcg_cap & M.MCG_LMCE_P else 0
+        if not host_initiated and (self._values[index] & M.FEAT_CTL_LOCKED or value & ~(M.FEAT_CTL_LOCKED | lmce)):
             return False
         return not value & ~FEAT_CTL_HOST_BITS and self._store(index, value, host_initiated)
 
@@ -372,6 +396,43 @@ class MsrFile:
 
     def _may_set_mci_status(self) -> bool:
         return self._cpuid().amd_compatible and bool(self._values[M.MSR_K7_HWCR] & M.MSR_K7_HWCR_MCSTATUSWREN)
+
+    # ---- machine checks (kvmfs.kvm.mce) ---------------------------------------------------------------
+
+    def setup_mce(self, mcg_cap: int) -> None:
+        """KVM_X86_SETUP_MCE: banks with all reporting on."""
+        self.mcg_cap = mcg_cap
+        if mcg_cap & M.MCG_CTL_P:
+            self._values[M.MSR_IA32_MCG_CTL] = M64
+        for bank in range(mcg_cap & 0xFF):
+            self._values[M.MSR_IA32_MC0_CTL + 4 * bank] = M64
+            if mcg_cap & M.MCG_CMCI_P:
+                self._values[M.MSR_IA32_MC0_CTL2 + bank] = 0
+
+    @property
+    def mce_enabled(self) -> bool:
+        """IA32_MCG_CTL, where it exists, lets uncorrected errors be reported."""
+        return not self.mcg_cap & M.MCG_CTL_P or self._values[M.MSR_IA32_MCG_CTL] == M64
+
+    @property
+    def mcg_status(self) -> int:
+        return self._values[M.MSR_IA32_MCG_STATUS]
+
+    @mcg_status.setter
+    def mcg_status(self, value: int) -> None:
+        self._values[M.MSR_IA32_MCG_STATUS] = value
+
+    def bank_register(self, index: int) -> int:
+        """A register of a bank, whoever may see it."""
+        return self._values.get(index, 0)
+
+    def log_mce(self, ctl: int, status: int, addr: int, misc: int) -> None:
+        """Write the three registers behind MCi_CTL (MSR number ``ctl``)."""
+        self._values |= {ctl + 1: status, ctl + 2: addr, ctl + 3: misc}
+
+    def log_overflow(self, ctl: int) -> None:
+        """Another error came while the bank held one that counts more."""
+        self._values[ctl + 1] |= M.MCI_STATUS_OVER
 
     # ---- what others ask ----------------------------------------------------------------------------
 

@@ -5,10 +5,30 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from kvmfs.abi.para import KVM_CPUID_FEATURES
+from kvmfs.abi import msrs as M
+from kvmfs.abi import para
+from kvmfs.errors import KvmError
+from kvmfs.kvm import kvmclock, steal_time
 
 if TYPE_CHECKING:
     from kvmfs.kvm.kvm_main import Vcpu
+
+KVM_MSR_ENABLED = 1
+ASYNC_PF_RESERVED = 0x30
+
+# MSR → the feature that it belongs to.
+FEATURE_OF: dict[int, int] = {
+    M.MSR_KVM_WALL_CLOCK: para.KVM_FEATURE_CLOCKSOURCE,
+    M.MSR_KVM_SYSTEM_TIME: para.KVM_FEATURE_CLOCKSOURCE,
+    M.MSR_KVM_WALL_CLOCK_NEW: para.KVM_FEATURE_CLOCKSOURCE2,
+    M.MSR_KVM_SYSTEM_TIME_NEW: para.KVM_FEATURE_CLOCKSOURCE2,
+    M.MSR_KVM_ASYNC_PF_EN: para.KVM_FEATURE_ASYNC_PF,
+    M.MSR_KVM_STEAL_TIME: para.KVM_FEATURE_STEAL_TIME,
+    M.MSR_KVM_PV_EOI_EN: para.KVM_FEATURE_PV_EOI,
+    M.MSR_KVM_POLL_CONTROL: para.KVM_FEATURE_POLL_CONTROL,
+    M.MSR_KVM_ASYNC_PF_INT: para.KVM_FEATURE_ASYNC_PF_INT,
+    M.MSR_KVM_ASYNC_PF_ACK: para.KVM_FEATURE_ASYNC_PF_INT,
+}
 
 
 def guest_pv_has(vcpu: Vcpu, feature: int) -> bool:
@@ -20,5 +40,87 @@ def guest_pv_has(vcpu: Vcpu, feature: int) -> bool:
     if not arch.enforce_pv_cpuid:
         return True
     base = arch.cpuid.kvm_base
-    entry = arch.cpuid.find(base | KVM_CPUID_FEATURES & 0xFF) if base else None
+    entry = arch.cpuid.find(base | para.KVM_CPUID_FEATURES & 0xFF) if base else None
     return entry is not None and bool(entry.eax >> feature & 1)
+
+
+class PvMsrs:
+    """KVM's own MSRs of one vCPU.
+
+    There is no in-kernel APIC yet: asynchronous page faults cannot be turned on (nor are they needed, a page
+    is never far away), and PV EOI is a value without effect.
+    """
+
+    def __init__(self, vcpu: Vcpu) -> None:
+        self._vcpu = vcpu
+        self._pv_eoi = 0
+        self._poll_control = 1          # a guest that has not said otherwise lets its host poll
+
+    def has(self, index: int) -> bool:
+        """Is MSR ``index`` one of KVM's that the guest may use?"""
+        return guest_pv_has(self._vcpu, FEATURE_OF[index])
+
+    def read(self, index: int) -> int | None:
+        """None: there is no such MSR for this guest."""
+        if not self.has(index):
+            return None
+        clock = self._vcpu.arch.clock
+        match index:
+            case M.MSR_KVM_WALL_CLOCK | M.MSR_KVM_WALL_CLOCK_NEW:
+                return self._vcpu.vm.arch.clock.wall_clock
+            case M.MSR_KVM_SYSTEM_TIME | M.MSR_KVM_SYSTEM_TIME_NEW:
+                return clock.time
+            case M.MSR_KVM_STEAL_TIME:
+                return self._vcpu.arch.steal_time.msr
+            case M.MSR_KVM_PV_EOI_EN:
+                return self._pv_eoi
+            case M.MSR_KVM_POLL_CONTROL:
+                return self._poll_control
+            case _:
+                return 0
+
+    def write(self, index: int, value: int, host_initiated: bool) -> bool:
+        """False: #GP."""
+        if not self.has(index):
+            return False
+        vcpu = self._vcpu
+        match index:
+            case M.MSR_KVM_WALL_CLOCK | M.MSR_KVM_WALL_CLOCK_NEW:
+                kvmclock.write_wall_clock(vcpu.vm, value)
+            case M.MSR_KVM_SYSTEM_TIME | M.MSR_KVM_SYSTEM_TIME_NEW:
+                kvmclock.write_system_time(vcpu, value, old_msr=index == M.MSR_KVM_SYSTEM_TIME,
+                                           host_initiated=host_initiated)
+            case M.MSR_KVM_STEAL_TIME:
+                return self._set_steal_time(value)
+            case M.MSR_KVM_PV_EOI_EN:
+                return self._set_pv_eoi(value)
+            case M.MSR_KVM_POLL_CONTROL:
+                if value >> 1:
+                    return False
+                self._poll_control = value
+            case M.MSR_KVM_ASYNC_PF_EN:
+                return not value            # without an in-kernel APIC only off
+            case M.MSR_KVM_ASYNC_PF_INT:
+                return False
+        return True
+
+    def _set_steal_time(self, value: int) -> bool:
+        if value & para.KVM_STEAL_RESERVED_MASK or not steal_time.available():
+            return False
+        self._vcpu.arch.steal_time.msr = value
+        if value & KVM_MSR_ENABLED:
+            self._vcpu.request_work(steal_time.record_steal_time)
+        return True
+
+    def _set_pv_eoi(self, value: int) -> bool:
+        """``kvm_lapic_set_pv_eoi``."""
+        address = value & ~KVM_MSR_ENABLED
+        if address & 3:
+            return False
+        if value & KVM_MSR_ENABLED:
+            try:
+                self._vcpu.vm.memslots.read(address, 1)
+            except KvmError:
+                return False
+        self._pv_eoi = value
+        return True

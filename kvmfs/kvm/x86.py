@@ -26,12 +26,14 @@ from kvmfs.cpu.cpu import (
     EXIT_SVM,
 )
 from kvmfs.errors import KvmError
-from kvmfs.kvm import events, guest_debug, msr_filter, sync_regs
+from kvmfs.kvm import events, guest_debug, kvmclock, msr_filter, sync_regs
 from kvmfs.kvm.cpu_msrs import VcpuMsrs
 from kvmfs.kvm.cpuid import CpuidTable
 from kvmfs.kvm.emulate import bytes_beyond_page, prepare_emulation_failure
 from kvmfs.kvm.msrs import MsrFile
+from kvmfs.kvm.pv import PvMsrs
 from kvmfs.kvm.regs import linear_rip
+from kvmfs.kvm.steal_time import StealTime, record_steal_time
 from kvmfs.vendor.handle_exit import EXIT_HANDLERS
 
 if TYPE_CHECKING:
@@ -82,6 +84,7 @@ class VmArch:
         self.hypercall_exit_enabled = 0     # bit n: hypercall n exits
         self.exit_on_emulation_error = False
         self.msr_filter: MsrFilter | None = None
+        self.clock = kvmclock.VmClock()
 
 
 class VcpuArch:
@@ -112,6 +115,8 @@ class VcpuArch:
         self.pdptrs: tuple[int, tuple[int, ...]] | None = None   # a client's own PDPTRs, and the CR3 they are for
         self.enforce_pv_cpuid = False       # KVM_CAP_ENFORCE_PV_FEATURE_CPUID
         self.msrs: MsrFile
+        self.clock = kvmclock.VcpuClock()
+        self.steal_time = StealTime()
         # kvm_make_request: what is to be done before the next entry; appended to from any thread.
         self.requests: deque[Callable[[Vcpu], None]] = deque()
 
@@ -149,12 +154,19 @@ def vcpu_create(vcpu: Vcpu) -> None:
     vendor, arch = vcpu.vm.vendor, vcpu.arch
     if vcpu.vcpu_id == vcpu.vm.arch.bsp_vcpu_id:
         arch.apic_base |= 1 << 8
-    arch.msrs = MsrFile(vendor.name, lambda: arch.cpuid, VcpuMsrs(vcpu), vcpu.vm.arch)
+    arch.msrs = MsrFile(vendor.name, lambda: arch.cpuid, VcpuMsrs(vcpu), vcpu.vm.arch, PvMsrs(vcpu))
     arch.msrs.cpuid_mirror_changed = arch.mirror_cpuid
     vendor.vcpu_create(vcpu)
     if vcpu.vm.arch.msr_filter is not None:
         msr_filter.msr_filter_changed(vcpu)
+    kvmclock.set_tsc_khz(vcpu, vcpu.vm.arch.clock.default_tsc_khz)
+    vcpu.request_work(kvmclock.guest_time_update)
     vcpu_reset(vcpu, init_event=False)
+
+
+def vcpu_postcreate(vcpu: Vcpu) -> None:
+    """``kvm_arch_vcpu_postcreate``: others can find the vCPU now; its TSC is that of the VM."""
+    kvmclock.synchronize_tsc(vcpu, None)
 
 
 def vcpu_reset(vcpu: Vcpu, *, init_event: bool) -> None:
@@ -245,6 +257,8 @@ def _run(vcpu: Vcpu, req: RequestLike) -> int:
     if not wants_to_run:
         return -errno.EINTR
     arch.ran = True
+    if arch.steal_time.msr:
+        vcpu.request_work(record_steal_time)
     if vcpu.sigset is None:
         return _vcpu_run(vcpu, req)
     with _SigsetWatch(vcpu, req):
@@ -304,6 +318,8 @@ def process_requests(vcpu: Vcpu) -> None:
     requests = vcpu.arch.requests
     while requests:
         requests.popleft()(vcpu)
+    if kvmclock.needs_refresh(vcpu):
+        requests.append(kvmclock.refresh_guest_time)
 
 
 def _post_run_save(vcpu: Vcpu) -> None:

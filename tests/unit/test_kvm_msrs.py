@@ -11,7 +11,7 @@ from kvmfs.abi import cpuid as C
 from kvmfs.abi import msrs as M
 from kvmfs.kvm import cpuid_supported, msr_lists, mtrr
 from kvmfs.kvm.cpuid import CpuidEntry, CpuidTable
-from kvmfs.kvm.msrs import CPU_STATE_MSRS, M64, MsrFile, apic_base_valid, canonical
+from kvmfs.kvm.msrs import CPU_STATE_MSRS, M64, PV_MSRS, MsrFile, apic_base_valid, canonical
 
 NON_CANONICAL = 1 << 47
 GUEST = {"host_initiated": False}
@@ -36,11 +36,28 @@ class FakeCpu:
         self.values[M.MSR_IA32_TSC] = self.values[M.MSR_IA32_TSC] + delta & M64
 
 
+class FakePv:
+    """KVM's own MSRs, as plain values."""
+
+    def __init__(self):
+        self.values = dict.fromkeys(PV_MSRS, 0)
+
+    def has(self, index):
+        return True
+
+    def read(self, index):
+        return self.values[index]
+
+    def write(self, index, value, host_initiated):
+        self.values[index] = value
+        return True
+
+
 def make(vendor, table=None):
     cpu = FakeCpu()
     if table is None:
         table = CpuidTable(cpuid_supported.supported(vendor))
-    return MsrFile(vendor, lambda: table, cpu), cpu
+    return MsrFile(vendor, lambda: table, cpu, pv=FakePv()), cpu
 
 
 def bare(vendor, *features):
@@ -115,7 +132,7 @@ def test_vendors_own():
 
 
 @pytest.mark.parametrize("index",
-                         [0x12345, M.MSR_IA32_SMBASE, M.MSR_IA32_SPEC_CTRL, M.MSR_KVM_SYSTEM_TIME_NEW,
+                         [0x12345, M.MSR_IA32_SMBASE, M.MSR_IA32_SPEC_CTRL, M.MSR_KVM_MIGRATION_CONTROL,
                                    M.MSR_CORE_PERF_GLOBAL_CTRL, M.MSR_IA32_VMX_BASIC, 0x800, 0x40000000,
                                    M.MSR_IA32_TSC_DEADLINE])
 def test_unknown_msrs(msrs, index):
