@@ -7,6 +7,7 @@ the VM's files is closed, when its client or the daemon is gone, or when its con
 
 from __future__ import annotations
 
+import codecs
 import logging
 import os
 import threading
@@ -39,8 +40,12 @@ FDS = ("fuse", "requests", "control", "pidfd", "memory", "tasks", "maps")
 def preload() -> None:
     """Run once in the zygote: make Python import what a worker would import at its first use."""
     trio.run(trio.lowlevel.checkpoint)
-    "".encode("idna")
+    for name in ("ascii", "idna", "latin-1"):
+        codecs.lookup(name)
     Engine().close()                # loads the native parts, which a worker has no right to open
+    for name in ("amd", "intel"):
+        vendors.load(name)
+    sandbox.prepare()
     logging.getLogger("kvmd.worker").debug("zygote is ready")
 
 
