@@ -271,8 +271,12 @@ class Cpu(StateFields):
         With #DB intercepted (set_exception_intercepts) DR6 reads as 0xffff0ff0 in the guest, and no #DB changes :meth:`dr`.
         """
         info = self._info
-        info.bp_dr7 = dr7 & 0xFFFFFFFF
-        info.bp[:] = list(addresses)
+        dr7 &= 0xFFFFFFFF
+        if info.bp_dr7 == dr7 and info.bp[:] == list(addresses):
+            return
+        info.bp_dr7 = dr7
+        for i, address in enumerate(addresses):
+            info.bp[i] = address
         info.flush = 1  # pages with data breakpoints have TLB entries of their own
 
     def msr_passthrough(self, msr: int, read: bool, write: bool) -> None:

@@ -76,6 +76,7 @@ def set_guest_debug(vcpu: Vcpu, debug: KvmGuestDebug) -> None:
     if arch.guest_debug & kx.KVM_GUESTDBG_SINGLESTEP:
         arch.singlestep_rip = regs.linear_rip(vcpu)
     regs.set_rflags(vcpu, rflags)
+    arch.entry_check = True
     _update_exception_bitmap(vcpu)
 
 

@@ -9,6 +9,7 @@ from kvmfs.abi import msrs as M
 from kvmfs.abi import x86 as X
 from kvmfs.abi.structs import KvmSegment
 from kvmfs.kvm import regs
+from kvmfs.kvm.guest_debug import effective_dr7
 from kvmfs.vendor import segments
 from kvmfs.vendor.ops import SEG_CS, SEG_LDTR, SEG_SS, SEG_TR, KvmX86Ops
 
@@ -65,7 +66,7 @@ class Svm(KvmX86Ops):
         bad = (cr0 >> 32
                or cr4 & ~regs.CR4_KNOWN
                or efer & ~(regs.EFER_KNOWN | X.EFER_SVME)
-               or (cpu.dr(6) | cpu.dr(7)) >> 32
+               or (cpu.dr(6) | effective_dr7(vcpu)) >> 32
                or (long_paging and not cr4 & X.CR4_PAE)
                or (long_paging and not cr0 & X.CR0_PE)
                or (long_paging and attrib & segments.L and attrib & segments.DB))

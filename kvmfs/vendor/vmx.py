@@ -14,6 +14,7 @@ from kvmfs.abi import x86 as X
 from kvmfs.abi.exits import KVM_GUESTDBG_SINGLESTEP
 from kvmfs.abi.structs import KvmSegment
 from kvmfs.kvm import regs
+from kvmfs.kvm.guest_debug import effective_dr7
 from kvmfs.vendor import segments
 from kvmfs.vendor.ops import (
     SEG_CS,
@@ -99,7 +100,7 @@ class Vmx(KvmX86Ops):
         lma = bool(efer & X.EFER_LMA)
         if cr0 & X.CR0_PG and lma != bool(efer & X.EFER_LME):
             return False
-        return not (lma and not (cr0 & X.CR0_PG and cr4 & X.CR4_PAE)) and not cpu.dr(7) >> 32
+        return not (lma and not (cr0 & X.CR0_PG and cr4 & X.CR4_PAE)) and not effective_dr7(vcpu) >> 32
 
     @staticmethod
     def _rip_rflags_ok(vcpu: Vcpu) -> bool:

@@ -394,3 +394,13 @@ def test_reset_takes_the_guests_breakpoints_away(machine, vendor):
     assert m.run() == 0
     assert m.reason == kx.KVM_EXIT_SHUTDOWN
     assert debugregs(m).dr7 == (0x400 if vendor == "amd" else 0x402)
+
+
+@BOTH
+def test_a_dr7_that_hardware_refuses(machine, vendor):
+    m = machine(vendor, "hlt")
+    assert debug(m, ENABLE | HW, 1 << 32) == 0
+    assert m.run() == 0
+    assert m.reason == kx.KVM_EXIT_FAIL_ENTRY
+    assert debug(m, ENABLE | HW, 0x400) == 0
+    halted(m)
