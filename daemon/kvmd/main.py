@@ -97,12 +97,26 @@ def _watch_zygote(module: Module) -> None:
 @click.option("--group", metavar="GROUP", help="Group of the node (default: kvm, else 0).")
 @click.option("--passthrough", type=click.Choice(["auto", "on", "off"]), default="auto", show_default=True,
               help="Share kvm_run by FUSE passthrough, or copy it.")
-@click.option("--log-level", type=click.Choice(LEVELS), default="info", show_default=True)
+@click.option("--log-level", type=click.Choice(LEVELS), default="info", show_default=True,
+              help="What is said on stderr; info: each step of the start, and VMs that come and go.")
 @click.option("--pid-file", type=click.Path(dir_okay=False), help="Write the process id there when ready.")
 @click.option("--ready-fd", type=int, metavar="FD", help='Write "ready" there when the node can be opened.')
 def main(mountpoint: str, vendor: str, mode: str, owner: str | None, group: str | None, passthrough: str,
          log_level: str, pid_file: str | None, ready_fd: int | None) -> None:
-    """Serve a fake /dev/kvm as MOUNTPOINT/kvm, in the foreground, until SIGTERM or SIGINT."""
+    """Serve a fake /dev/kvm as MOUNTPOINT/kvm, in the foreground, until SIGTERM or SIGINT.
+
+    MOUNTPOINT is a directory; it is made when it does not exist.  A dead mount that a killed daemon left there is
+    removed first.  Needs root, or CAP_SYS_ADMIN and CAP_SYS_PTRACE.  At the end the node goes, then every VM is stopped, then
+    the daemon; SIGTSTP and SIGCONT make all guests pause and go on, as for a suspended host.
+
+    MOUNTPOINT/state says as JSON what runs; 'kvmfs version' shows it.  The exit status is 0 after a signal, 1 when the
+    start failed (the log says in which step and why), 2 when the command line is wrong.
+
+    \b
+    Examples:
+      kvmfs mount /run/kvmfs --group kvm --mode 660
+      kvmfs run --node /run/kvmfs/kvm -- PROGRAM
+    """
     set_up_log(log_level)
     try:
         bits = int(mode, 8)

@@ -9,28 +9,51 @@ import sys
 import click
 
 _VENDOR = click.option("--vendor", type=click.Choice(["auto", "intel", "amd"]), default="auto", show_default=True,
-                       help="Which CPU the guests see; auto: the host's vendor.")
+                       help="Which CPU the guests see: Linux's kvm-intel or kvm-amd; auto: as the host's CPU.")
 _PASSTHROUGH = click.option("--passthrough", type=click.Choice(["auto", "on", "off"]), default="auto",
-                            show_default=True, help="Share kvm_run by FUSE passthrough, or copy it.")
+                            show_default=True,
+                            help="Share kvm_run with the program by FUSE passthrough (Linux 6.9, root), or copy it at each "
+                                 "exit; auto: share it where that works, on: fail where it does not.")
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(context_settings={"help_option_names": ["-h", "--help"]},
+             epilog="'kvmfs COMMAND --help' explains each. Start with: kvmfs run -- PROGRAM")
 def main() -> None:
-    """A /dev/kvm that needs no hardware."""
+    """A /dev/kvm that needs no hardware.
+
+    Programs open the node, issue the ioctls that they would issue to Linux's KVM, and their guests run: in an emulated CPU,
+    on any x86-64 Linux with FUSE.
+    """
 
 
-@main.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+@main.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
+              short_help="Run a program whose /dev/kvm is the fake node.")
 @_VENDOR
 @_PASSTHROUGH
-@click.option("--node", type=click.Path(), help="Use this node instead of a private daemon's.")
+@click.option("--node", type=click.Path(), metavar="PATH",
+              help="Use the node of a running daemon ('kvmfs mount DIRECTORY' makes DIRECTORY/kvm) and start none.")
 @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="warning",
               show_default=True, help="What the private daemon says on stderr.")
-@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
+@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED, metavar="[--] PROGRAM [ARGUMENT]...")
 def run(vendor: str, passthrough: str, node: str | None, log_level: str, command: tuple[str, ...]) -> None:
-    """Run COMMAND with the fake node at /dev/kvm.
+    """Run PROGRAM with the fake node at /dev/kvm.
 
-    Nobody else sees that node.  The exit status is COMMAND's, 128 + n when signal n ended it, 125 when kvmfs
-    itself failed, 126 or 127 when COMMAND could not be started.
+    A private daemon is started, and its node put over /dev/kvm in a private mount namespace: nobody else sees it, it
+    works where there is no /dev/kvm, and all of it is gone when PROGRAM has ended.  An ordinary user needs user namespaces and
+    a /dev/fuse that may be opened; root needs neither.
+
+    \b
+    The exit status is PROGRAM's, or
+      128 + N   signal N ended it
+      125       kvmfs itself failed, and says why
+      126, 127  PROGRAM could not be executed, or does not exist
+      2         the command line is wrong
+
+    \b
+    Examples:
+      kvmfs run -- build/hello
+      kvmfs run --vendor intel -- sh -c 'ls -l /dev/kvm; build/hello'
+      kvmfs run -- strace -f -e ioctl build/hello
     """
     from kvmfs_cli import run as runner
 
@@ -44,19 +67,24 @@ def run(vendor: str, passthrough: str, node: str | None, log_level: str, command
 
 
 @main.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False,
-                                "help_option_names": []}, add_help_option=False)
+                                "help_option_names": []}, add_help_option=False,
+              short_help="Run a daemon whose node everybody may use.")
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def mount(arguments: tuple[str, ...]) -> None:
-    """Run the daemon on a directory, in the foreground (options: those of kvmd)."""
+    """Run the daemon on a directory, in the foreground (its help and options are kvmd's)."""
     from kvmd.main import main as kvmd
 
     kvmd(list(arguments), prog_name="kvmfs mount")
 
 
-@main.command()
-@click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
+@main.command(short_help="Show versions, what this machine offers, and the daemons on it.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object instead of tables.")
 def version(as_json: bool) -> None:
-    """Show versions, the vendor chosen here, the start-up steps, and the mounted nodes."""
+    """Show versions, what kvmfs finds on this machine, and every mounted node with its VMs.
+
+    With --json: "versions", "host" (what works here: fuse, passthrough, user_namespaces), "capabilities" (how many of
+    Linux's KVM_CAP_ are answered), "vendor" (what auto means here), "steps" (of the daemon's start) and "nodes".
+    """
     from kvmfs_cli import version as facts
 
     if as_json:

@@ -38,6 +38,14 @@ def _write(path: str, text: str) -> None:
         file.write(text)
 
 
+def user_namespaces() -> bool:
+    """Whether this user may make a user namespace: tried in a child."""
+    pid = os.fork()
+    if pid == 0:
+        os._exit(_libc.unshare(CLONE_NEWUSER) != 0)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
 def enter() -> bool:
     """Enter a private mount namespace; without privilege also a user namespace that maps the own user only.
 
@@ -55,11 +63,18 @@ def enter() -> bool:
             raise NamespaceError(
                 f"this user may not make a user namespace ({error.strerror}); run as root, or allow it: "
                 "sysctl kernel.unprivileged_userns_clone=1 (Debian), "
-                "kernel.apparmor_restrict_unprivileged_userns=0 (Ubuntu), user.max_user_namespaces") from None
+                "kernel.apparmor_restrict_unprivileged_userns=0 (Ubuntu), user.max_user_namespaces; in a container its seccomp "
+                "profile, in a chroot the kernel forbids it") from None
         _write("/proc/self/setgroups", "deny")
         _write("/proc/self/uid_map", f"{uid} {uid} 1\n")
         _write("/proc/self/gid_map", f"{gid} {gid} 1\n")
-    _mount("none", "/", None, MS_REC | MS_PRIVATE)
+    try:
+        _mount("none", "/", None, MS_REC | MS_PRIVATE)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        raise NamespaceError("/ is no mount point, as in a chroot: before entering it, mount --bind its directory over itself"
+                             ) from None
     return user
 
 

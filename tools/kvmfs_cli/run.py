@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 
+from kvmfs.fuse.mount import open_dev_fuse
 from kvmfs_cli import namespace
 
 PR_SET_PDEATHSIG = 1
@@ -87,13 +88,17 @@ class PrivateDaemon:
 def run(command: Sequence[str], *, node: str | None, vendor: str, passthrough: str, log_level: str) -> int:
     """Run ``command``; returns its exit status, 128 + n when signal n ended it.  Raises RunError."""
     if node is not None and not os.path.exists(node):
-        raise RunError(f"there is no node {node}")
+        raise RunError(f"there is no node {node}: 'kvmfs mount {os.path.dirname(node) or '.'}' would make it")
     try:
         namespace.enter()
     except (namespace.NamespaceError, OSError) as error:
         raise RunError(str(error)) from error
     daemon = None
     if node is None:
+        try:
+            os.close(open_dev_fuse())
+        except OSError as error:
+            raise RunError(error.strerror or str(error)) from error
         daemon = PrivateDaemon(vendor=vendor, passthrough=passthrough, log_level=log_level)
         node = daemon.node
     try:
@@ -150,7 +155,7 @@ def _become(command: Sequence[str], mask: set[int], daemon: PrivateDaemon | None
             _send_listener(daemon)
         os.execvp(command[0], list(command))
     except FileNotFoundError:
-        print(f"kvmfs run: {command[0]}: no such command", file=sys.stderr)
+        print(f"kvmfs run: {command[0]}: there is no such program", file=sys.stderr)
         status = EXIT_NOT_FOUND
     except OSError as error:
         print(f"kvmfs run: {command[0]}: {error.strerror}", file=sys.stderr)

@@ -17,6 +17,7 @@ def collect() -> dict[str, Any]:
     """All facts as one JSON-able object."""
     from kvmd.init import STEPS
     from kvmfs import vendor
+    from kvmfs.kvm import caps
 
     versions = {}
     for name in PACKAGES:
@@ -26,10 +27,25 @@ def collect() -> dict[str, Any]:
             versions[name] = "(run from its sources)"
     return {
         "versions": {**versions, "python": platform.python_version(), "kernel": platform.release()},
+        "host": _host(),
+        "capabilities": {"supported": len(caps.SUPPORTED), "absent": len(caps.ABSENT)},
         "vendor": vendor.load("auto").name,
         "steps": [getattr(step, "__name__", "?") for step in STEPS],
         "nodes": [node for path in _mountpoints() if (node := _state(path)) is not None],
     }
+
+
+def _host() -> dict[str, bool | str]:
+    """What this user can have on this machine; a string says what is missing and what to do."""
+    from kvmfs.fuse import mount
+    from kvmfs_cli import namespace
+
+    fuse: bool | str = True
+    try:
+        os.close(mount.open_dev_fuse())
+    except OSError as error:
+        fuse = error.strerror or str(error)
+    return {"fuse": fuse, "passthrough": mount.passthrough_supported(), "user_namespaces": namespace.user_namespaces()}
 
 
 def _mountpoints() -> list[str]:
@@ -61,7 +77,12 @@ def show(facts: dict[str, Any]) -> None:
     table = Table(show_header=False, box=None)
     for name, value in facts["versions"].items():
         table.add_row(name, value)
-    table.add_row("vendor here", facts["vendor"])
+    host, capabilities = facts["host"], facts["capabilities"]
+    table.add_row("vendor", f"{facts['vendor']} (what --vendor auto means here)")
+    table.add_row("capabilities", f"{capabilities['supported']} of the {sum(capabilities.values())} that Linux has on x86")
+    table.add_row("/dev/fuse", "can be opened" if host["fuse"] is True else host["fuse"])
+    table.add_row("passthrough", "yes" if host["passthrough"] else "no: kvm_run is copied at each exit")
+    table.add_row("user namespaces", "yes" if host["user_namespaces"] else "no: kvmfs run needs root")
     table.add_row("start-up", " → ".join(facts["steps"]))
     console.print(table)
     for node in facts["nodes"]:
@@ -74,7 +95,7 @@ def show(facts: dict[str, Any]) -> None:
             table.add_row(f"VM {vm['vm']}", f"process {vm['process']}, worker {vm['worker']}")
         console.print(table)
     if not facts["nodes"]:
-        console.print("no node is mounted here")
+        console.print("No node is mounted: 'kvmfs run -- PROGRAM' brings its own, 'kvmfs mount DIRECTORY' makes one.")
 
 
 def as_json(facts: dict[str, Any]) -> str:
