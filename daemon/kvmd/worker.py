@@ -27,6 +27,7 @@ from kvmfs.client.process import Process
 from kvmfs.cpu.engine import Engine
 from kvmfs.fuse.channel import Channel
 from kvmfs.fuse.operations import NodeOperations
+from kvmfs.kvm import tsc
 from kvmfs.kvm.kvm_main import VCPU_INODE, VM_INODE, Vm
 
 log = logging.getLogger("kvmd.worker")
@@ -46,6 +47,8 @@ def preload() -> None:
     for name in ("amd", "intel"):
         vendors.load(name)
     sandbox.prepare()
+    tsc.tsc_khz()                   # takes a tenth of a second, and privileges
+    tsc.host_clock_is_tsc()
     logging.getLogger("kvmd.worker").debug("zygote is ready")
 
 
