@@ -27,7 +27,10 @@ PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_NAME, PR_CAPBSET_DROP = 1, 4, 15, 24
 PR_SET_NO_NEW_PRIVS, PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL = 38, 47, 4
 LINUX_CAPABILITY_VERSION_3 = 0x20080522
 CLONE_THREAD = 0x10000
-PR_SET_SECCOMP, SECCOMP_MODE_FILTER, BPF_INSN = 22, 2, 8
+PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 22, 2
+SECCOMP_RET_ALLOW, SECCOMP_RET_LOG, SECCOMP_RET_ERRNO = 0x7FFF0000, 0x7FFC0000, 0x50000
+BPF_INSN, BPF_LOAD, BPF_JUMP_EQUAL, BPF_RETURN = 8, 0x20, 0x15, 0x06
+SYS_KILL, SYS_TGKILL = 62, 234
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -83,8 +86,11 @@ def close_all_but(fds: Sequence[int]) -> None:
     os.closerange(low, max(resource.getrlimit(resource.RLIMIT_NOFILE)[0], low))
 
 
-def drop_privileges(uid: int | None) -> None:
-    """Become ``uid`` for good, with no groups, no capabilities and no way to gain any."""
+def drop_bounding_set() -> None:
+    """No program that this process or a child starts can have a capability by its file."""
+    with open("/proc/self/status", encoding="utf-8") as file:
+        if any(line.startswith("CapBnd:") and int(line.split()[1], 16) == 0 for line in file):
+            return                      # inherited so
     for capability in range(64):
         try:
             prctl(PR_CAPBSET_DROP, capability)
@@ -93,6 +99,11 @@ def drop_privileges(uid: int | None) -> None:
                 break                   # past the last one this kernel knows
             if error.errno != errno.EPERM:
                 raise
+
+
+def drop_privileges(uid: int | None) -> None:
+    """Become ``uid`` for good, with no groups, no capabilities and no way to gain any."""
+    drop_bounding_set()
     if uid is not None:
         os.setgroups([])
         os.setresgid(uid, uid, uid)
@@ -170,7 +181,8 @@ def _compiled(log: bool) -> bytes:
 
 
 def prepare() -> None:
-    """What can be done once, before the workers are forked."""
+    """What can be done once, before the workers are forked.  The caller starts no programs from then on."""
+    drop_bounding_set()
     _compiled(_logs())
 
 
@@ -180,12 +192,24 @@ def _logs() -> bool:
 
 def restrict_syscalls(*, log: bool = False) -> None:
     """Allow only what a worker needs; everything else fails with EPERM (``log``: and shows in the audit log)."""
-    # Two filters are in force, and the stricter one decides: only the second knows this process's number.
-    own = pyseccomp.SyscallFilter(pyseccomp.ALLOW)
-    for name in ("tgkill", "kill"):
-        own.add_rule(_default_action(log), name, pyseccomp.Arg(0, pyseccomp.NE, os.getpid()))
-    own.load()
-    code = _compiled(log)
+    # Two filters are in force, and the stricter one decides: only the first knows this process's number.
+    action = SECCOMP_RET_LOG if log else SECCOMP_RET_ERRNO | errno.EPERM
+    _load(b"".join(struct.pack("<HBBI", *instruction) for instruction in (
+        (BPF_LOAD, 0, 0, 0),                          # the syscall's number; no other architecture gets past the
+        (BPF_JUMP_EQUAL, 2, 0, SYS_KILL),             # second filter
+        (BPF_JUMP_EQUAL, 1, 0, SYS_TGKILL),
+        (BPF_RETURN, 0, 0, SECCOMP_RET_ALLOW),
+        (BPF_LOAD, 0, 0, 16),                         # the first argument's two halves
+        (BPF_JUMP_EQUAL, 0, 3, os.getpid()),
+        (BPF_LOAD, 0, 0, 20),
+        (BPF_JUMP_EQUAL, 0, 1, 0),
+        (BPF_RETURN, 0, 0, SECCOMP_RET_ALLOW),
+        (BPF_RETURN, 0, 0, action),
+    )))
+    _load(_compiled(log))
+
+
+def _load(code: bytes) -> None:
     program = _SockFprog(len(code) // BPF_INSN, code)
     if _libc.prctl(PR_SET_SECCOMP, ctypes.c_ulong(SECCOMP_MODE_FILTER), ctypes.byref(program)) < 0:
         raise OSError(ctypes.get_errno(), "seccomp")
