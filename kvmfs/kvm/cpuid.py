@@ -220,14 +220,14 @@ def load_cpuid2(memory: Memory, arg: int, nent: int) -> tuple[CpuidEntry, ...]:
 
 
 def set_cpuid(current: CpuidTable, entries: Iterable[CpuidEntry], *, has_run: bool, osxsave: bool,
-              apic_enabled: bool, xcr0: int, mwait: bool | None = None) -> CpuidTable:
+              apic_enabled: bool, xcr0: int, mwait: bool | None = None, hlt_in_guest: bool = False) -> CpuidTable:
     """The table a vCPU has after KVM_SET_CPUID or SET_CPUID2 (``kvm_set_cpuid``); ``entries`` are not kept.
 
     EINVAL: the vCPU has run and the new table differs; or a linear address width that is not 48 or 57.
     EPERM: an XSAVE component that needs permission.
     """
     new = CpuidTable(replace(entry) for entry in entries)
-    new.update_runtime(osxsave=osxsave, apic_enabled=apic_enabled, xcr0=xcr0, mwait=mwait)
+    new.update_runtime(osxsave=osxsave, apic_enabled=apic_enabled, xcr0=xcr0, mwait=mwait, hlt_in_guest=hlt_in_guest)
     if has_run:
         if new.entries != current.entries:
             raise KvmError(errno.EINVAL)

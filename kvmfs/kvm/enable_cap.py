@@ -28,7 +28,7 @@ SUPPORTED_QUIRKS = (F.KVM_X86_QUIRK_CD_NW_CLEARED | F.KVM_X86_QUIRK_OUT_7E_INC_R
                     | F.KVM_X86_QUIRK_MWAIT_NEVER_UD_FAULTS | F.KVM_X86_QUIRK_SLOT_ZAP_ALL
                     | F.KVM_X86_QUIRK_STUFF_FEATURE_MSRS)
 # PAUSE never exits: a vCPU that spins gives way inside the engine.
-SUPPORTED_DISABLE_EXITS = F.KVM_X86_DISABLE_EXITS_PAUSE
+SUPPORTED_DISABLE_EXITS = F.KVM_X86_DISABLE_EXITS_PAUSE | F.KVM_X86_DISABLE_EXITS_HLT
 DISABLE_VALID_EXITS = (F.KVM_X86_DISABLE_EXITS_MWAIT | F.KVM_X86_DISABLE_EXITS_HLT | F.KVM_X86_DISABLE_EXITS_PAUSE
                        | F.KVM_X86_DISABLE_EXITS_CSTATE)
 HYPERCALL_EXITS = 1 << KVM_HC_MAP_GPA_RANGE
@@ -67,6 +67,8 @@ def _disable_quirks(vm: Vm, argument: int) -> None:
 def _disable_exits(vm: Vm, argument: int) -> None:
     """Linux, too, takes what it knows and the host cannot do, without doing it."""
     _only(argument, DISABLE_VALID_EXITS)
+    if argument & F.KVM_X86_DISABLE_EXITS_HLT:
+        vm.arch.hlt_in_guest = True
 
 
 def _msr_platform_info(vm: Vm, argument: int) -> None:

@@ -152,6 +152,7 @@ class Vcpu:
         self.cpu = vm.engine.create_cpu(index)
         self.sigset: int | None = None          # KVM_SET_SIGNAL_MASK's mask
         self.request: RequestLike | None = None  # the KVM_RUN being served
+        self._wake: threading.Event | None = None   # set while the guest's HLT waits here
         self.copy_run = False                   # no passthrough: kvm_run is copied at each KVM_RUN
         self.arch = x86.VcpuArch()
         x86.vcpu_create(self)
@@ -164,6 +165,23 @@ class Vcpu:
     def kick(self) -> None:
         """``kvm_vcpu_kick``: leave the guest soon; harmless when not in it."""
         self.cpu.kick()
+        wake = self._wake
+        if wake is not None:
+            wake.set()
+
+    def halt(self) -> None:
+        """The guest's CPU stands still until somebody kicks it (KVM_X86_DISABLE_EXITS_HLT).
+
+        It then goes on behind its HLT, also when nothing came for it: guests look for themselves.
+        """
+        wake = threading.Event()
+        self._wake = wake
+        run, req = self.run, self.request
+        # Whoever kicked before there was something to wake has left a reason.
+        if not (self.arch.requests or self.arch.event_request or run[0] or self.vm.dead
+                or not self.vm.arch.resumed.is_set() or (req is not None and req.interrupted)):
+            wake.wait()
+        self._wake = None
 
     def close(self) -> None:
         fd, self.run_fd = self.run_fd, -1       # a creation that failed and the VM's end may meet here

@@ -66,6 +66,7 @@ class CpuidState(TypedDict):
     apic_enabled: bool
     xcr0: int
     mwait: bool | None
+    hlt_in_guest: bool
 
 
 class VmArch:
@@ -84,6 +85,7 @@ class VmArch:
         self.hypercall_exit_enabled = 0     # bit n: hypercall n exits
         self.exit_on_emulation_error = False
         self.msr_filter: MsrFilter | None = None
+        self.hlt_in_guest = False           # KVM_X86_DISABLE_EXITS_HLT
         self.clock = kvmclock.VmClock()
 
 
@@ -124,7 +126,8 @@ class VcpuArch:
         """The state that CPUID mirrors, as arguments of kvmfs.kvm.cpuid."""
         quirk = not vcpu.vm.arch.disabled_quirks & KVM_X86_QUIRK_MISC_ENABLE_NO_MWAIT
         return {"osxsave": bool(vcpu.cpu.cr4 & CR4_OSXSAVE), "apic_enabled": bool(self.apic_base & 1 << 11),
-                "xcr0": vcpu.cpu.xcr0, "mwait": None if quirk else self.msrs.mwait_enabled}
+                "xcr0": vcpu.cpu.xcr0, "mwait": None if quirk else self.msrs.mwait_enabled,
+                "hlt_in_guest": vcpu.vm.arch.hlt_in_guest}
 
     def mirror_cpuid(self) -> None:
         """Something has changed that CPUID mirrors."""

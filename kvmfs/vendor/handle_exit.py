@@ -50,7 +50,11 @@ def _window(vcpu: Vcpu) -> int:
 
 
 def _hlt(vcpu: Vcpu) -> int:
-    skip_emulated_instruction(vcpu, 1)
+    result = skip_emulated_instruction(vcpu, 1)
+    if vcpu.vm.arch.hlt_in_guest:
+        if result > 0:
+            vcpu.halt()
+        return result
     _set_reason(vcpu.run, 8, kx.KVM_EXIT_HLT)
     return 0
 

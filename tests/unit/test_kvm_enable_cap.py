@@ -3,6 +3,8 @@
 
 import errno
 import struct
+import threading
+import time
 
 import pytest
 
@@ -221,6 +223,44 @@ def test_exit_hypercall_arguments(machine, vendor):
     m = machine(vendor, f"mov eax, 12; mov ebx, 0x3001; mov ecx, 2; {VMCALL[vendor]}; hlt")
     enable(m, C.KVM_CAP_EXIT_HYPERCALL, enable_cap.HYPERCALL_EXITS)
     assert (m.run(), m.reason, m.regs()["rax"]) == (0, kx.KVM_EXIT_HLT, 2**32 - 22)
+
+
+@BOTH
+def test_hlt_without_exit(machine, vendor):
+    m = machine(vendor, "hlt; mov al, 7; out 0x10, al; hlt; hlt")
+    assert enable(m, C.KVM_CAP_X86_DISABLE_EXITS, F.KVM_X86_DISABLE_EXITS_HLT) == 0
+    results = []
+    runner = threading.Thread(target=lambda: results.append(m.run()))
+    runner.start()
+    time.sleep(0.05)
+    assert runner.is_alive()
+    assert m.vcpu.request is not None
+    m.vcpu.kick()                       # the guest goes on
+    runner.join(10)
+    assert results == [0]
+    assert m.io()[:3] == (1, 1, 0x10)
+    # A signal ends a halted guest's KVM_RUN.
+    runner = threading.Thread(target=lambda: results.append(m.run()))
+    runner.start()
+    time.sleep(0.05)
+    m.vcpu.request.interrupted = True
+    m.vcpu.kick()
+    runner.join(10)
+    assert results == [0, -errno.EINTR]
+    assert m.regs()["rip"] == CODE + 6
+
+
+@BOTH
+def test_interrupt_wakes_a_halted_guest(machine, vendor):
+    """The interrupt is given in the KVM_RUN after: the guest has been woken for it already."""
+    m = machine(vendor, IVT.format(v=0x20) + "sti; hlt; out 0x10, al; hlt; handler: mov al, 9; iret")
+    enable(m, C.KVM_CAP_X86_DISABLE_EXITS, F.KVM_X86_DISABLE_EXITS_HLT)
+    m.run_page[0] = 1                   # request_interrupt_window: nothing halts while the client waits for it
+    assert (m.run(), m.reason) == (0, kx.KVM_EXIT_IRQ_WINDOW_OPEN)
+    m.run_page[0] = 0
+    assert m.vcpu_ioctl(K.KVM_INTERRUPT, 1, struct.pack("<I", 0x20)) == (0, b"")
+    assert m.run() == 0
+    assert m.io() == (1, 1, 0x10, 1, b"\x09")
 
 
 @BOTH
