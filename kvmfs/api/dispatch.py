@@ -20,7 +20,7 @@ from kvmfs.kvm.kvm_main import VCPU_INODE, VM_INODE
 
 if TYPE_CHECKING:
     from kvmfs.kvm.host import RequestLike
-    from kvmfs.kvm.kvm_main import Kvm, Vcpu, Vm
+    from kvmfs.kvm.kvm_main import Kvm, Vm
 
 Result = int | bytes | tuple[int, bytes] | None
 Handler = Callable[[Any, Any], Result]
@@ -74,7 +74,22 @@ class VmDispatcher:
         if vm_.dead:
             raise KvmError(errno.EIO)
         if req.nodeid >= VCPU_INODE:
-            return self._vcpu_ioctl(vm_.vcpus[req.nodeid - VCPU_INODE], req)
+            v = vm_.vcpus[req.nodeid - VCPU_INODE]
+            mutex = v.mutex                     # kvm_vcpu_ioctl: every one of them waits for it
+            if not mutex.acquire(False):
+                vm_.host.may_block()
+                mutex.acquire()
+            try:
+                if req.cmd == KVM_RUN:
+                    if req.arg:
+                        raise KvmError(errno.EINVAL)
+                    return x86.ioctl_run(v, req)
+                handler = self._vcpu_handlers.get(req.cmd)
+                if handler is None:
+                    raise KvmError(errno.EINVAL)
+                return handler(v, req)
+            finally:
+                mutex.release()
         if req.nodeid != VM_INODE:
             raise KvmError(errno.ENOTTY)
         handler = self._vm_handlers.get(req.cmd)
@@ -88,23 +103,6 @@ class VmDispatcher:
         if len(self._tids) > 4096:      # thread ids of the dead; asking again costs little
             self._tids.clear()
         self._tids.add(tid)
-
-    def _vcpu_ioctl(self, v: Vcpu, req: Any) -> Result:
-        """``kvm_vcpu_ioctl``: every one of them waits for the vCPU's mutex."""
-        if not v.mutex.acquire(blocking=False):
-            self._vm.host.may_block()
-            v.mutex.acquire()
-        try:
-            if req.cmd == KVM_RUN:
-                if req.arg:
-                    raise KvmError(errno.EINVAL)
-                return x86.ioctl_run(v, req)
-            handler = self._vcpu_handlers.get(req.cmd)
-            if handler is None:
-                raise KvmError(errno.EINVAL)
-            return handler(v, req)
-        finally:
-            v.mutex.release()
 
     def interrupt(self, req: RequestLike) -> None:
         """The client's thread has a signal while ``req`` is being served."""

@@ -17,7 +17,7 @@ from struct import Struct
 from typing import Final, NamedTuple
 
 from kvmfs.cpu.fields import StateFields
-from kvmfs.cpu.layout import CpuState, VcpuInfo
+from kvmfs.cpu.layout import CpuState, ExitInfo, VcpuInfo
 
 EXIT_NONE: Final = 0
 EXIT_SVM: Final = 1
@@ -49,6 +49,19 @@ _PASSED_MSRS: Final = (
     0xC0000100, 0xC0000101, 0xC0000102, 0xC0000103,  # FS_BASE GS_BASE KERNEL_GS_BASE TSC_AUX
 )  # fmt: skip
 _CS, _LDTR, _TR = 1, 6, 7
+# ctypes takes 60 ns and more for a field, struct 100 for several: where the fields are that each exit reads.
+def _offset(struct: type[ctypes.Structure], field: str) -> int:
+    at: int = getattr(struct, field).offset
+    return at
+
+
+_PORT_AT: Final = _offset(ExitInfo, "port")
+_RFLAGS_AT: Final = _offset(CpuState, "rflags")
+_TPR_AT: Final = _offset(CpuState, "v_tpr")
+_INTR_AT: Final = _offset(VcpuInfo, "intr_vector") // 4
+_EXC_AT: Final = _offset(VcpuInfo, "exc_vector") // 4
+_IO_EXIT: Final = Struct("<4I").unpack_from
+_FLAGS: Final = Struct(f"<Q{_offset(CpuState, 'hflags') - _RFLAGS_AT - 8}xI").unpack_from
 _HF2_GIF, _HF2_NMI, _HF2_VINTR_MASKING = 1, 4, 8
 
 
@@ -73,6 +86,8 @@ class Cpu(StateFields):
         self._has_error_code = False
         self.exit = self._info.exit
         self.data = memoryview(self.exit.data).cast("B")
+        self._io_view = memoryview(self.exit).cast("B")
+        self._ints = memoryview(self._info).cast("B").cast("i")
         self._nv_run: Callable[[ctypes.c_void_p], int] = lib.nv_run
         self._nv_complete: Callable[[ctypes.c_void_p], int] = lib.nv_complete
         self.rebind()
@@ -81,6 +96,7 @@ class Cpu(StateFields):
     def rebind(self) -> None:
         """Look where the state lives now (it moves once, when the engine gets its second vCPU)."""
         self._s = CpuState.from_address(self._info.home)
+        self._state = memoryview(self._s).cast("B")
 
     def reset(self) -> None:
         """The state after RESET (SDM volume 3, table 11-1) with the default intercepts. No event is pending."""
@@ -130,6 +146,19 @@ class Cpu(StateFields):
         - EXIT_FETCH: ``exit.gpa`` is executed and is no memory.
         """
         return self._nv_run(self._ptr)
+
+    def io_exit(self) -> tuple[int, int, int, int]:
+        """(port, size, count, string) of EXIT_IO_IN and EXIT_IO_OUT at once."""
+        return _IO_EXIT(self._io_view, _PORT_AT)
+
+    def run_state(self) -> tuple[bool, int, int]:
+        """(:attr:`interrupt_allowed`, IF, :attr:`cr8`) at once: every return to the client shows them."""
+        state = self._state
+        rflags, hflags = _FLAGS(state, _RFLAGS_AT)
+        if not rflags & 0x200:
+            return False, 0, state[_TPR_AT] & 15
+        ints = self._ints
+        return not hflags & 8 and ints[_INTR_AT] < 0 and ints[_EXC_AT] < 0, 1, state[_TPR_AT] & 15
 
     def complete_io_in(self, data: bytes | bytearray | memoryview) -> int:
         """IN or INS gets its data (count * size bytes). 0, or the kind of a further exit (INS into MMIO)."""

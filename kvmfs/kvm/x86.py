@@ -48,13 +48,14 @@ APIC_BASE_RESET = 0xFEE00000 | 1 << 11
 SIGSET_POLL = 0.002             # seconds between looks at a client's blocked signals
 
 # Offsets in struct kvm_run.
-_REQUEST_WINDOW, _IMMEDIATE_EXIT, _EXIT_REASON, _READY = 0, 1, 8, 12
+_REQUEST_WINDOW, _EXIT_REASON, _READY = 0, 8, 12
 _UNION, _MMIO_DATA, _VALID_REGS, PIO_DATA = 32, 40, 288, 4096
 _set_reason = struct.Struct("<I").pack_into
 _set_saved = struct.Struct("<BBHQQ").pack_into          # from _READY: ready, if_flag, flags, cr8, apic_base
-_get_cr8 = struct.Struct("<Q").unpack_from
-_get_sync = struct.Struct("<QQ").unpack_from
-_set_io = struct.Struct("<BBHIQ").pack_into             # direction, size, port, count, data_offset
+# request_interrupt_window, immediate_exit; cr8; kvm_valid_regs, kvm_dirty_regs
+_get_request = struct.Struct("<BB14xQ264xQQ").unpack_from
+# From _EXIT_REASON: exit_reason; direction, size, port, count, data_offset.  What is between them _post_run_save fills.
+_set_io_exit = struct.Struct("<I20xBBHIQ").pack_into
 _set_mmio = struct.Struct("<Q8sIB").pack_into           # phys_addr, data, len, is_write
 _set_fail = struct.Struct("<QI").pack_into              # hardware_entry_failure_reason, cpu
 
@@ -217,7 +218,6 @@ def ioctl_run(vcpu: Vcpu, req: RequestLike) -> int:
     if mirrored:
         vcpu.vm.mirror_in()
     vcpu.request = req
-    run[14:16] = b"\0\0"                        # kvm_run.flags
     vendor = vcpu.vm.vendor
     vendor.vcpu_load(vcpu)
     try:
@@ -236,14 +236,13 @@ def ioctl_run(vcpu: Vcpu, req: RequestLike) -> int:
 
 def _run(vcpu: Vcpu, req: RequestLike) -> int:
     run, arch = vcpu.run, vcpu.arch
-    wants_to_run = not run[_IMMEDIATE_EXIT]
-    valid, dirty = _get_sync(run, _VALID_REGS)
+    _window, immediate_exit, cr8, valid, dirty = _get_request(run)
+    wants_to_run = not immediate_exit
     if valid or dirty:
         if (valid | dirty) & ~kx.KVM_SYNC_X86_VALID_FIELDS:
             return -errno.EINVAL
         if dirty and sync_regs.sync_regs(vcpu, dirty):
             return -errno.EINVAL
-    cr8, = _get_cr8(run, 16)
     if cr8 != vcpu.cpu.cr8:
         if cr8 & ~0xF:
             return -errno.EINVAL
@@ -327,9 +326,10 @@ def process_requests(vcpu: Vcpu) -> None:
 
 def _post_run_save(vcpu: Vcpu) -> None:
     """``post_kvm_run_save``."""
-    cpu = vcpu.cpu
-    _set_saved(vcpu.run, _READY, events.ready_for_interrupt_injection(vcpu), cpu.rflags >> 9 & 1, 0, cpu.cr8,
-               vcpu.arch.apic_base)
+    arch = vcpu.arch
+    allowed, if_flag, cr8 = vcpu.cpu.run_state()
+    ready = allowed and not events.needs_reinjection(vcpu) and not arch.exception.pending
+    _set_saved(vcpu.run, _READY, ready, if_flag, 0, cr8, arch.apic_base)
 
 
 def _wait_for_resume(vcpu: Vcpu, req: RequestLike) -> None:
@@ -393,10 +393,9 @@ def _exit_svm(vcpu: Vcpu) -> int:
 
 
 def _exit_io_in(vcpu: Vcpu) -> int:
-    e, run, arch = vcpu.cpu.exit, vcpu.run, vcpu.arch
-    _set_reason(run, _EXIT_REASON, kx.KVM_EXIT_IO)
-    _set_io(run, _UNION, kx.KVM_EXIT_IO_IN, e.size, e.port, e.count, PIO_DATA)
-    arch.complete_userspace_io = _complete_io_in
+    port, size, count, _string = vcpu.cpu.io_exit()
+    _set_io_exit(vcpu.run, _EXIT_REASON, kx.KVM_EXIT_IO, kx.KVM_EXIT_IO_IN, size, port, count, PIO_DATA)
+    vcpu.arch.complete_userspace_io = _complete_io_in
     return 0
 
 
@@ -410,14 +409,16 @@ def _complete_io_in(vcpu: Vcpu) -> int:
 
 def _exit_io_out(vcpu: Vcpu) -> int:
     cpu, run, arch = vcpu.cpu, vcpu.run, vcpu.arch
-    e = cpu.exit
-    size = e.size * e.count
-    if vcpu.vm.pio_bus.ranges and vcpu.vm.pio_bus.write(vcpu, e.port, bytes(cpu.data[:size])):
+    port, size, count, string = cpu.io_exit()
+    length = size * count
+    if vcpu.vm.pio_bus.ranges and vcpu.vm.pio_bus.write(vcpu, port, bytes(cpu.data[:length])):
         return _further(vcpu, cpu.complete_io_out())
-    run[PIO_DATA:PIO_DATA + size] = cpu.data[:size]
-    _set_reason(run, _EXIT_REASON, kx.KVM_EXIT_IO)
-    _set_io(run, _UNION, kx.KVM_EXIT_IO_OUT, e.size, e.port, e.count, PIO_DATA)
-    if e.port == 0x7E and not e.string and not vcpu.vm.arch.disabled_quirks & KVM_X86_QUIRK_OUT_7E_INC_RIP:
+    if length == 1:
+        run[PIO_DATA] = cpu.data[0]
+    else:
+        run[PIO_DATA:PIO_DATA + length] = cpu.data[:length]
+    _set_io_exit(run, _EXIT_REASON, kx.KVM_EXIT_IO, kx.KVM_EXIT_IO_OUT, size, port, count, PIO_DATA)
+    if port == 0x7E and not string and not vcpu.vm.arch.disabled_quirks & KVM_X86_QUIRK_OUT_7E_INC_RIP:
         cpu.complete_io_out()                       # clients of old count on it: the guest is past the instruction
         return 0
     arch.complete_userspace_io = _complete_io_out
