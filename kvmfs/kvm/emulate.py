@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from kvmfs.kvm.kvm_main import Vcpu
 
 MAX_INSN = 15
+_INTERNAL, _INTERNAL_DATA = 32, 40           # of kvm_run: internal.suberror, internal.data
 _PREFIXES = frozenset((0x26, 0x2E, 0x36, 0x3E, 0x64, 0x65, 0x66, 0x67, 0xF0, 0xF2, 0xF3))
 
 
@@ -147,7 +148,8 @@ def _register(vcpu: Vcpu, name: str) -> int:
 def prepare_emulation_failure(vcpu: Vcpu) -> int:
     """``handle_emulation_failure``: #UD for the guest's user code, an internal error for the client otherwise.
 
-    kvm_run.emulation_failure: flags, the instruction's size and its bytes (api.rst, KVM_EXIT_INTERNAL_ERROR).
+    kvm_run.emulation_failure: flags, the instruction's size and its bytes where they could be read, then five
+    words about the exit (``prepare_emulation_failure_exit``; api.rst, KVM_EXIT_INTERNAL_ERROR).
     """
     if not vcpu.vm.arch.exit_on_emulation_error:
         events.inject_ud(vcpu)
@@ -157,7 +159,10 @@ def prepare_emulation_failure(vcpu: Vcpu) -> int:
     run = vcpu.run
     struct.pack_into("<I", run, 8, kx.KVM_EXIT_INTERNAL_ERROR)
     flags = kx.KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES if code else 0
-    ndata = 4 if code else 1
-    struct.pack_into("<IIQB15s", run, 32, kx.KVM_INTERNAL_ERROR_EMULATION, ndata, flags, len(code),
-                     code.ljust(15, b"\x90"))
+    exit_info = vcpu.vm.vendor.exit_info(vcpu)
+    start = 3 if code else 1
+    struct.pack_into("<IIQ", run, _INTERNAL, kx.KVM_INTERNAL_ERROR_EMULATION, start + len(exit_info), flags)
+    if code:
+        struct.pack_into("<B15s", run, _INTERNAL_DATA + 8, len(code), code.ljust(15, b"\x90"))
+    struct.pack_into("<5Q", run, _INTERNAL_DATA + 8 * start, *exit_info)
     return 0

@@ -121,6 +121,10 @@ class KvmX86Ops(abc.ABC):
         """0 when the guest's state can be entered, else the hardware's failure reason for FAIL_ENTRY."""
 
     @abc.abstractmethod
+    def exit_info(self, vcpu: Vcpu) -> tuple[int, int, int, int, int]:
+        """The last exit as this hardware tells it: reason, two words about it, event and error code under way."""
+
+    @abc.abstractmethod
     def inject_irq_blocked(self, vcpu: Vcpu) -> bool:
         """Does this hardware refuse to enter with an external interrupt when IF is clear?"""
 

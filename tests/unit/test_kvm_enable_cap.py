@@ -271,3 +271,6 @@ def test_exit_on_emulation_failure(machine, vendor):
     assert enable(m, C.KVM_CAP_EXIT_ON_EMULATION_FAILURE, 1) == 0
     assert (m.run(), m.reason) == (0, kx.KVM_EXIT_INTERNAL_ERROR)
     assert not m.events().exception.injected
+    suberror, ndata, flags, *info = struct.unpack_from("<IIQ5Q", m.run_page, 32)
+    assert (suberror, ndata, flags) == (kx.KVM_INTERNAL_ERROR_EMULATION, 6, 0)      # there are no bytes to show
+    assert info == ([0x400, 0x100000014, 0xF0000, 0, 0] if vendor == "amd" else [48, 0x184, 0, 0, 0])
