@@ -75,6 +75,8 @@ def set_xsave(vcpu: Vcpu, req: RequestLike) -> int:
 def translate(vcpu: Vcpu, req: RequestLike) -> bytes:
     """KVM_TRANSLATE (api.rst 4.15): by the guest's page tables; ``writeable`` is always 1, ``usermode`` 0."""
     linear, *_, pad = _TRANSLATION.unpack(req.data)
+    if vcpu.vm.mirrored:
+        vcpu.vm.mirror_in()         # the page tables may never have been here
     gpa = mmu.translate(vcpu, linear)
     physical = (1 << 64) - 1 if gpa is None else gpa
     return _TRANSLATION.pack(linear, physical, gpa is not None, 1, 0, pad)
