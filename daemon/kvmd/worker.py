@@ -24,7 +24,7 @@ from kvmd.link import Link, LinkError, Message
 from kvmfs import vendor as vendors
 from kvmfs.api.dispatch import VmDispatcher
 from kvmfs.client.process import Process
-from kvmfs.cpu.engine import Engine
+from kvmfs.cpu import engine
 from kvmfs.fuse.channel import Channel
 from kvmfs.fuse.operations import NodeOperations
 from kvmfs.kvm import tsc
@@ -43,7 +43,7 @@ def preload() -> None:
     trio.run(trio.lowlevel.checkpoint)
     for name in ("ascii", "idna", "latin-1"):
         codecs.lookup(name)
-    Engine().close()                # loads the native parts, which a worker has no right to open
+    engine.make_ahead()             # loads the native parts, too, which a worker has no right to open
     for name in ("amd", "intel"):
         vendors.load(name)
     sandbox.prepare()

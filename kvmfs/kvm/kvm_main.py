@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from kvmfs.cpu.engine import Engine
+from kvmfs.cpu import engine
 from kvmfs.errors import KvmError
 from kvmfs.kvm import eventfd, kvmclock, x86
 from kvmfs.kvm.iodev import IoBus
@@ -49,7 +49,7 @@ class Vm:
     def __init__(self, vendor: KvmX86Ops, host: Host) -> None:
         self.vendor, self.host = vendor, host
         self.lock, self.slots_lock, self.create_lock = threading.Lock(), threading.Lock(), threading.Lock()
-        self.engine = Engine()
+        self.engine = engine.take()
         self.mmio_bus, self.pio_bus, self.ccw_bus = IoBus(), IoBus(), IoBus()
         self.coalesced_zones: list[CoalescedZone] = []
         self.ioeventfds: list[IoEventFd] = []
