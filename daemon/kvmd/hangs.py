@@ -36,8 +36,11 @@ LIVES, DYING, GONE = range(3)
 
 def state_of(process: Process) -> int:
     """LIVES; DYING: killed, and a thread of it waits for something that a kill does not end; GONE."""
+    pidfd = process.pidfd
+    if pidfd < 0:
+        return GONE                     # its broker has just closed it
     poll = select.poll()
-    poll.register(process.pidfd, select.POLLIN)
+    poll.register(pidfd, select.POLLIN)
     if poll.poll(0):
         return GONE
     # In a process that is being killed the leader is either such a thread, or a zombie.
