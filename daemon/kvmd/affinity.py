@@ -118,12 +118,14 @@ class Follower:
         if self._cpu < 0:
             return
         self._cpu = -1
-        allowed = os.sched_getaffinity(os.getpid())
-        self._channel.set_affinity(allowed)
-        # A thread that a bound one has started meanwhile is bound, too.
-        for name in os.listdir("/proc/self/task"):
-            with contextlib.suppress(ProcessLookupError):
-                os.sched_setaffinity(int(name), allowed)
+        # OSError: a thread has just ended, or the CPUs went offline, and then the kernel moves the threads.
+        with contextlib.suppress(OSError):
+            allowed = os.sched_getaffinity(os.getpid())
+            self._channel.set_affinity(allowed)
+            # A thread that a bound one has started meanwhile is bound, too.
+            for name in os.listdir("/proc/self/task"):
+                with contextlib.suppress(OSError):
+                    os.sched_setaffinity(int(name), allowed)
 
     def _forget(self, limit: float) -> None:
         for tid in [tid for tid, seen in self._seen.items() if seen < limit]:
