@@ -64,7 +64,7 @@ class Node:
         self._operations = PublicOperations(self._state, os.geteuid(), os.getegid())
         self._operations.add_node(STATE_INODE, STATE, mode=0o444, uid=uid, gid=gid)
         self._operations.add_node(NODE_INODE, NODE, mode=options.mode, uid=uid, gid=gid, size=0, data=None)
-        kvm = Kvm(ops, self._memory_of)
+        kvm = Kvm(ops, self._memory_of, shares_run=vms.passthrough)
         self.dispatcher = SystemDispatcher(kvm, create_vm=vms.create)
         fuse = mount.open_dev_fuse()
         try:

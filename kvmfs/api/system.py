@@ -39,7 +39,7 @@ def get_api_version(kvm: Kvm, req: RequestLike) -> int:
 
 def check_extension(kvm: Kvm, req: RequestLike) -> int:
     """KVM_CHECK_EXTENSION (api.rst 4.4): the capability's value; 0 for what is absent or unknown."""
-    return caps.check_extension(kvm.vendor, req.arg)
+    return caps.check_extension(kvm.vendor, req.arg, shares_run=kvm.shares_run)
 
 
 def get_vcpu_mmap_size(kvm: Kvm, req: RequestLike) -> int:

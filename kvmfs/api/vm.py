@@ -15,7 +15,7 @@ from kvmfs.abi.structs import KvmEncRegion
 from kvmfs.api.vm_caps import enable_cap, set_boot_cpu_id, set_nr_mmu_pages, x86_set_msr_filter  # noqa: F401 (handlers)
 from kvmfs.api.vm_clock import get_clock, get_tsc_khz, set_clock, set_tsc_khz  # noqa: F401 (handlers)
 from kvmfs.errors import KvmError
-from kvmfs.kvm import caps, coalesced_mmio, dirty_log, eventfd
+from kvmfs.kvm import caps, coalesced_mmio, dirty_log, dirty_ring, eventfd
 
 if TYPE_CHECKING:
     from kvmfs.kvm.host import RequestLike
@@ -31,7 +31,7 @@ TSS_ADDR_MAX = (1 << 32) - 3 * 4096
 
 def check_extension(vm: Vm, req: RequestLike) -> int:
     """KVM_CHECK_EXTENSION on a VM (KVM_CAP_CHECK_EXTENSION_VM): what this VM can do; unknown: 0."""
-    return caps.check_extension_vm(vm.vendor, req.arg)
+    return caps.check_extension_vm(vm.vendor, req.arg, shares_run=vm.host.passthrough)
 
 
 def create_vcpu(vm: Vm, req: RequestLike) -> None:
@@ -105,6 +105,13 @@ def clear_dirty_log(vm: Vm, req: RequestLike) -> int:
     with vm.slots_lock:
         dirty_log.clear_dirty_log(vm.memslots, vm.host.memory, slot, first, count, address)
     return 0
+
+
+def reset_dirty_rings(vm: Vm, req: RequestLike) -> int:
+    """KVM_RESET_DIRTY_RINGS (api.rst 8.29): the number of entries that may be used again.  EINVAL: no rings."""
+    vm.host.may_block()
+    with vm.slots_lock:
+        return dirty_ring.reset(vm)
 
 
 def register_coalesced_mmio(vm: Vm, req: RequestLike) -> int:

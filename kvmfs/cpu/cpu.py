@@ -178,6 +178,18 @@ class Cpu(StateFields):
         """Complete what is open with what :attr:`data` holds, without entering the guest. 0, or a further exit."""
         return self._nv_complete(self._ptr)
 
+    def open_ring(self, address: int, entries: int, soft_limit: int) -> ctypes.Array[ctypes.c_uint32]:
+        """From now on a page of a logged slot that becomes dirty is told in the ring (struct kvm_dirty_gfn) at that address, too.
+
+        Left with EXIT_NONE at soft_limit entries. Returns two counters, live: entries written; entries reset, which
+        the caller counts.
+        """
+        return (ctypes.c_uint32 * 2).from_address(self._lib.nv_ring_open(self._ptr, address, entries, soft_limit))
+
+    def ring_push(self, bitmap: int, slot: int, page: int, count: int) -> None:
+        """The machine has written pages on behalf of this vCPU, which is not in its guest."""
+        self._lib.nv_ring_push(self._ptr, bitmap, slot, page, count)
+
     def forget_io(self) -> None:
         """Drop what the last I/O exit left open: the guest will be elsewhere."""
         self._info.pend = 0

@@ -78,8 +78,10 @@ static void watch(Engine *e, Vcpu *v, u64 va, u64 size, int access, u64 ra) {
 static bool our_tlb_fill(void *cs, u64 va, int size, int access, int mmu, bool probe, u64 ra) {
     bool ok = fill_entry(cs, va, size, access, mmu, probe, ra);
     Vcpu *v = cur;
-    if (!ok || !v || !(v->bp_dr7 & 0xff) || !is_watched(v, va)) return ok;
+    if (!ok || !v) return ok;
     Engine *e = v->e;
+    if (e->nlogged && ring_soft_full(&v->ring)) leave_full_ring(e, v, probe, ra);
+    if (!(v->bp_dr7 & 0xff) || !is_watched(v, va)) return ok;
     TlbFast *f = &F(TlbFast, TLB_FAST + 16 * mmu);
     TlbEntry *t = &f->table[(va >> 12) & (f->mask >> 6)];
     if (t->r != ~0ull) t->r |= TLB_INVALID;

@@ -25,6 +25,7 @@ static int (*p_reg_read)(void *, int, void *);
 static void (*p_check_io[3])(void *, u32), (*p_tlb_flush)(void *), (*p_tb_flush)(void *);
 static void (*p_tb_invalidate)(void *, u64, u64), (*p_mxcsr)(void *), (*p_fpuc)(void *);
 static u64 (*p_ram_addr)(void *, void *);
+static bool (*p_restore_state)(void *, u64, bool);
 static bool (*p_restore)(void *, u64, bool);
 static int (*p_bp_insert)(void *, u64, int, void **);
 static void (*p_bp_remove)(void *, void *);
@@ -36,6 +37,7 @@ static Engine *engine_of(void *cs) {
     abort();
 }
 
+_Noreturn static void leave(Vcpu *v, int kind);
 #include "tlb.h"
 #include "decode.h"
 

@@ -61,6 +61,10 @@ typedef struct { u64 gpa; u32 size, part; u8 data[8]; } Known; // part: of an ac
 typedef struct { u32 kind, size, port, recur; u64 gpa; u8 data[8]; } Event;
 typedef struct { u8 op, two, rep, len, osize, asize, plain, movbe; } Insn;
 
+// struct kvm_dirty_gfn; the client maps them, and writes the flags
+typedef struct { u32 flags, slot; u64 offset; } DirtyGfn;
+typedef struct { DirtyGfn *gfns; u32 size, soft_limit, dirty_index, reset_index; } DirtyRing; // the indices: see Cpu.open_ring
+
 struct Engine;
 typedef struct Vcpu {
     Exit exit; // first: Python maps it
@@ -95,10 +99,11 @@ typedef struct Vcpu {
     u64 hits, trap;       // causes of a #DB that comes after the instruction: data breakpoints; single step
     u64 cross_va, cross_n, cross_ra;
     Event ev[MAX_EVENTS];
+    DirtyRing ring;
 } Vcpu;
 
-// log: the dirty bitmap of the slot that the region belongs to, log_page the region's first page in it; NULL: not logged
-typedef struct { u64 gpa, size; u8 *host; u64 readonly, alias; u64 *log, log_page; } Region;
+// log: the dirty bitmap of slot `slot`, which the region belongs to, log_page the region's first page in it; NULL: not logged
+typedef struct { u64 gpa, size; u8 *host; u64 readonly, alias; u64 *log, log_page, slot; } Region;
 typedef struct { u64 gpa, value; u32 size; } Walked; // a page table entry as it was before a walk
 typedef struct { u64 r, w, x, paddr, addend, pad[3]; } TlbEntry;
 typedef struct { u64 mask; TlbEntry *table; } TlbFast;

@@ -12,6 +12,7 @@ static int load_symbols(const char *path) {
     struct { const char *name; void *to; } sym[] = {
         {"uc_emu_start", &p_emu_start}, {"uc_emu_stop", &p_emu_stop}, {"uc_hook_add", &p_hook_add},
         {"uc_hook_del", &p_hook_del}, {"uc_mem_map_ptr", &p_map_ptr},
+        {"cpu_restore_state_x86_64", &p_restore_state},
         {"uc_reg_read", &p_reg_read}, {"helper_check_iob_x86_64", &p_check_io[0]},
         {"helper_check_iow_x86_64", &p_check_io[1]}, {"helper_check_iol_x86_64", &p_check_io[2]},
         {"tlb_flush_x86_64", &p_tlb_flush}, {"tb_flush_x86_64", &p_tb_flush},
@@ -162,7 +163,7 @@ int nv_map(Engine *e, u64 gpa, u64 size, u8 *host, int readonly) {
     if (!err && alias && mremap(host, 0, size, MREMAP_MAYMOVE | MREMAP_FIXED, e->window + gpa) == MAP_FAILED) err = errno;
     if (!err) {
         memmove(&e->region[i + 1], &e->region[i], (e->nregions++ - i) * sizeof(Region));
-        e->region[i] = (Region){gpa, size, e->window + gpa, readonly, alias, NULL, 0};
+        e->region[i] = (Region){gpa, size, e->window + gpa, readonly, alias, NULL, 0, 0};
         p_tlb_flush(e->cpu);
     }
     leave_engine(e, NULL);
@@ -213,7 +214,7 @@ void nv_invalidate(Engine *e, u64 gpa, u64 size) {
 }
 
 // The region at gpa logs into a bitmap, from bit `page` on; NULL: no more. Every translation to it is made anew.
-int nv_log(Engine *e, u64 gpa, u64 *bitmap, u64 page) {
+int nv_log(Engine *e, u64 gpa, u64 *bitmap, u64 page, u64 slot) {
     enter(e, NULL, 1);
     settle_walk(e);
     Region *r = region_at(e, gpa);
@@ -221,6 +222,7 @@ int nv_log(Engine *e, u64 gpa, u64 *bitmap, u64 page) {
         e->nlogged += (bitmap != NULL) - (r->log != NULL);
         r->log = bitmap;
         r->log_page = page;
+        r->slot = slot;
         p_tlb_flush(e->cpu);
     }
     leave_engine(e, NULL);
@@ -230,6 +232,21 @@ int nv_log(Engine *e, u64 gpa, u64 *bitmap, u64 page) {
 // The machine itself wrote `count` pages; any thread.
 void nv_log_set(u64 *bitmap, u64 page, u64 count) {
     for (; count; page++, count--) __atomic_fetch_or(&bitmap[page >> 6], 1ull << (page & 63), __ATOMIC_RELAXED);
+}
+
+// The vCPU's dirty ring: n entries, a power of two; the guest is left at soft_limit. Its two indices.
+u32 *nv_ring_open(Vcpu *v, DirtyGfn *gfns, u32 n, u32 soft_limit) {
+    v->ring = (DirtyRing){gfns, n, soft_limit, 0, 0};
+    return &v->ring.dirty_index;
+}
+
+// The machine wrote pages of a slot on behalf of a vCPU, which does not run now.
+void nv_ring_push(Vcpu *v, u64 *bitmap, u64 slot, u64 page, u64 count) {
+    enter(v->e, NULL, 1);
+    nv_log_set(bitmap, page, count);
+    for (; count; page++, count--)
+        if (v->ring.dirty_index - v->ring.reset_index < v->ring.size) push_dirty(&v->ring, slot, page);
+    leave_engine(v->e, NULL);
 }
 
 // Bits of n words are taken out of a bitmap: with `mask` those that are set in `out`, else all; `out` then has what was taken.

@@ -30,10 +30,24 @@ static void drop(TlbEntry *t, u64 pa, const TlbEntry *keep) {
     if (t != keep && (t->paddr & ~(0xfffull | NOT_RAM)) == pa && t->w != ~0ull) t->r = t->w = t->x = ~0ull;
 }
 
-static void mark_dirty(const Region *r, u64 gpa) {
+static bool ring_soft_full(const DirtyRing *ring) {
+    return ring->gfns && ring->dirty_index - __atomic_load_n(&ring->reset_index, __ATOMIC_RELAXED) >= ring->soft_limit;
+}
+
+static void push_dirty(DirtyRing *ring, u64 slot, u64 page) {
+    if (!ring->gfns) return;
+    DirtyGfn *gfn = &ring->gfns[ring->dirty_index++ & (ring->size - 1)];
+    gfn->slot = slot;
+    gfn->offset = page;
+    __atomic_store_n(&gfn->flags, 1, __ATOMIC_RELEASE);
+}
+
+static void mark_dirty(Engine *e, const Region *r, u64 gpa) {
     u64 page = r->log_page + ((gpa - r->gpa) >> 12), bit = 1ull << (page & 63);
     u64 *word = &r->log[page >> 6];
-    if (!(__atomic_load_n(word, __ATOMIC_RELAXED) & bit)) __atomic_fetch_or(word, bit, __ATOMIC_RELAXED);
+    if (__atomic_load_n(word, __ATOMIC_RELAXED) & bit || __atomic_fetch_or(word, bit, __ATOMIC_RELAXED) & bit) return;
+    Vcpu *v = cur ? cur : e->last;
+    if (v) push_dirty(&v->ring, r->slot, page);
 }
 
 static bool is_dirty(const Region *r, u64 gpa) {
@@ -46,7 +60,7 @@ static void settle_walk(Engine *e) {
     while (e->nwalk) {
         Walked *w = &e->walk[--e->nwalk];
         const Region *r = region_at(e, w->gpa);
-        if (r && r->log && memcmp(r->host + (w->gpa - r->gpa), &w->value, w->size)) mark_dirty(r, w->gpa);
+        if (r && r->log && memcmp(r->host + (w->gpa - r->gpa), &w->value, w->size)) mark_dirty(e, r, w->gpa);
     }
 }
 
@@ -108,7 +122,7 @@ static bool fill_entry(void *cs, u64 va, int size, int access, int mmu, bool pro
         t->paddr |= NOT_RAM;
         if (t->w != ~0ull) t->w = (va & ~0xfffull) | TLB_INVALID | TLB_MMIO_BIT;
     } else if (r->log && t->w != ~0ull) {
-        if (access == 1) mark_dirty(r, pa);
+        if (access == 1) mark_dirty(e, r, pa);
         else if (!is_dirty(r, pa)) t->w = ~0ull;
     }
     u8 bit = 1 << (page & 7);
@@ -127,6 +141,18 @@ static bool fill_entry(void *cs, u64 va, int size, int access, int mmu, bool pro
         t->x = ~0ull;
     }
     return ok;
+}
+
+// The ring is kept so full only that it takes what can be written until the guest is left: at once, before the access, as at a page
+// fault, or where that cannot be done (an event is being delivered), after the block.
+static void leave_full_ring(Engine *e, Vcpu *v, bool probe, u64 ra) {
+    atomic_store(&v->kick, 1);
+    if (probe || !ra || v->replaying || v->alone || v->delivering >= 0) {
+        p_emu_stop(e->uc);
+        return;
+    }
+    p_restore_state(e->cpu, ra, true);
+    leave(v, EXIT_NONE);
 }
 
 static void *mapping_at(Engine *e, void *uc, u64 pa) {

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from kvmfs.abi import caps as K
 from kvmfs.abi.exits import KVM_COALESCED_MMIO_PAGE_OFFSET, KVM_SYNC_X86_VALID_FIELDS
 from kvmfs.abi.flags import KVM_X86_DEFAULT_VM
-from kvmfs.abi.x86 import KVM_MAX_MCE_BANKS, KVM_MAX_VCPU_IDS, KVM_MAX_VCPUS, KVM_USER_MEM_SLOTS
+from kvmfs.abi.x86 import KVM_DIRTY_RING_MAX_ENTRIES, KVM_MAX_MCE_BANKS, KVM_MAX_VCPU_IDS, KVM_MAX_VCPUS, KVM_USER_MEM_SLOTS
 from kvmfs.kvm import steal_time
 from kvmfs.kvm.dirty_log import KVM_DIRTY_LOG_MANUAL_CAPS
 from kvmfs.kvm.enable_cap import HYPERCALL_EXITS, SUPPORTED_DISABLE_EXITS, SUPPORTED_QUIRKS
@@ -26,6 +26,7 @@ from kvmfs.kvm.xsave import XSAVE_SIZE
 if TYPE_CHECKING:
     from kvmfs.vendor.ops import KvmX86Ops
 
+DIRTY_RING_BYTES = KVM_DIRTY_RING_MAX_ENTRIES * 16
 VM_TYPES = 1 << KVM_X86_DEFAULT_VM
 
 
@@ -62,6 +63,8 @@ SUPPORTED: dict[int, int | Callable[[], int]] = {
     K.KVM_CAP_GET_MSR_FEATURES: 1,
     K.KVM_CAP_COALESCED_PIO: 1,
     K.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2: KVM_DIRTY_LOG_MANUAL_CAPS,
+    K.KVM_CAP_DIRTY_LOG_RING: DIRTY_RING_BYTES,
+    K.KVM_CAP_DIRTY_LOG_RING_ACQ_REL: DIRTY_RING_BYTES,
     K.KVM_CAP_USER_MEMORY2: 1,
     K.KVM_CAP_VM_TYPES: VM_TYPES,
     K.KVM_CAP_DEBUGREGS: 1,
@@ -104,7 +107,6 @@ _ENABLE = "KVM_ENABLE_CAP has no effect for it"
 _IOCTL = "its ioctls have no handler"
 _HYPERV = "no Hyper-V enlightenments"
 _SEV = "no encrypted guests"
-_DIRTY = "no dirty logging"
 _PMU = "no PMU"
 
 ABSENT: dict[int, str] = {
@@ -151,7 +153,6 @@ ABSENT: dict[int, str] = {
     K.KVM_CAP_LAST_CPU: "fail_entry.cpu and internal_error's last CPU are not told",
     K.KVM_CAP_SMALLER_MAXPHYADDR: "reserved bits of guest page tables follow the engine's width",
     K.KVM_CAP_SYS_HYPERV_CPUID: _HYPERV,
-    K.KVM_CAP_DIRTY_LOG_RING: _DIRTY,
     K.KVM_CAP_X86_BUS_LOCK_EXIT: "split locks are not noticed",
     K.KVM_CAP_SGX_ATTRIBUTE: "no SGX",
     K.KVM_CAP_VM_COPY_ENC_CONTEXT_FROM: _SEV,
@@ -163,8 +164,7 @@ ABSENT: dict[int, str] = {
     K.KVM_CAP_SYSTEM_EVENT_DATA: "no system events are raised",
     K.KVM_CAP_X86_NOTIFY_VMEXIT: _ENABLE,
     K.KVM_CAP_VM_DISABLE_NX_HUGE_PAGES: _ENABLE,
-    K.KVM_CAP_DIRTY_LOG_RING_ACQ_REL: _DIRTY,
-    K.KVM_CAP_DIRTY_LOG_RING_WITH_BITMAP: _DIRTY,
+    K.KVM_CAP_DIRTY_LOG_RING_WITH_BITMAP: "only for architectures whose devices write without a vCPU; x86 says 0, too",
     K.KVM_CAP_PMU_EVENT_MASKED_EVENTS: _PMU,
     K.KVM_CAP_MEMORY_FAULT_INFO: "EFAULT comes without KVM_EXIT_MEMORY_FAULT",
     K.KVM_CAP_MEMORY_ATTRIBUTES: "no private memory",
@@ -176,16 +176,22 @@ ABSENT: dict[int, str] = {
 """number → why Linux on x86 says yes (on some host at least) and this KVM 0."""
 
 
-def check_extension(vendor: KvmX86Ops, cap: int) -> int:
+NEEDS_SHARED_RUN = frozenset((K.KVM_CAP_DIRTY_LOG_RING, K.KVM_CAP_DIRTY_LOG_RING_ACQ_REL))
+"""What is absent where kvm_run areas are copied, not shared (no FUSE passthrough)."""
+
+
+def check_extension(vendor: KvmX86Ops, cap: int, *, shares_run: bool = True) -> int:
     """The answer on the node: capability ``cap``'s value, 0 where it is absent or unknown.  Never fails."""
+    if cap in NEEDS_SHARED_RUN and not shares_run:
+        return 0
     value = SUPPORTED.get(cap, 0)
     return value if isinstance(value, int) else value()
 
 
-def check_extension_vm(vendor: KvmX86Ops, cap: int) -> int:
+def check_extension_vm(vendor: KvmX86Ops, cap: int, *, shares_run: bool = True) -> int:
     """The answer on a VM's descriptor.
 
     In Linux it differs from the node's for protected and confidential VMs and where SMM was switched off;
     none of these exist here.
     """
-    return check_extension(vendor, cap)
+    return check_extension(vendor, cap, shares_run=shares_run)

@@ -28,7 +28,7 @@ BITS_PER_LONG = 64
 class LogEngine(Protocol):
     """The part of the engine that logs."""
 
-    def log(self, gpa: int, bitmap: int, page: int) -> None: ...
+    def log(self, gpa: int, bitmap: int, page: int, slot: int) -> None: ...
     def log_set(self, bitmap: int, page: int, count: int) -> None: ...
     def log_sync(self) -> None: ...
     def log_take(self, bitmap: int, out: int, words: int, *, mask: bool) -> bool: ...
@@ -70,7 +70,9 @@ def _logged_slot(slots: MemSlots, number: int) -> tuple[MemSlot, DirtyBitmap]:
     return slot, slot.dirty_bitmap
 
 
-def _check_number(number: int) -> None:
+def _check_number(slots: MemSlots, number: int) -> None:
+    if slots.dirty_rings:
+        raise KvmError(errno.ENXIO)
     if number >> 16 or number & 0xFFFF >= KVM_USER_MEM_SLOTS:
         raise KvmError(errno.EINVAL)
 
@@ -78,9 +80,9 @@ def _check_number(number: int) -> None:
 def get_dirty_log(slots: MemSlots, memory: Memory, number: int, address: int) -> None:
     """``kvm_get_dirty_log_protect``: the bitmap goes to ``address``; without manual protection it is clean then.
 
-    Errors, in this order: EINVAL slot number; ENOENT no such slot, or it does not log; EFAULT.
+    Errors, in this order: ENXIO dirty rings are in use; EINVAL slot number; ENOENT no such slot, or it does not log; EFAULT.
     """
-    _check_number(number)
+    _check_number(slots, number)
     _, bitmap = _logged_slot(slots, number)
     if slots.manual_dirty_log_protect:
         slots.engine.log_sync()
@@ -94,9 +96,9 @@ def get_dirty_log(slots: MemSlots, memory: Memory, number: int, address: int) ->
 def clear_dirty_log(slots: MemSlots, memory: Memory, number: int, first: int, count: int, address: int) -> None:
     """``kvm_clear_dirty_log_protect``: bits of ``count`` pages from ``first`` on that are set at ``address`` are cleared.
 
-    Errors, in this order: EINVAL slot number or first page; ENOENT; EINVAL range; EFAULT.
+    Errors, in this order: ENXIO; EINVAL slot number or first page; ENOENT; EINVAL range; EFAULT.
     """
-    _check_number(number)
+    _check_number(slots, number)
     if first & 63:
         raise KvmError(errno.EINVAL)
     _, bitmap = _logged_slot(slots, number)

@@ -16,7 +16,7 @@ from kvmfs.abi import flags as F
 from kvmfs.abi.para import KVM_HC_MAP_GPA_RANGE
 from kvmfs.abi.x86 import KVM_MAX_VCPU_IDS
 from kvmfs.errors import KvmError
-from kvmfs.kvm import dirty_log
+from kvmfs.kvm import dirty_log, dirty_ring
 
 if TYPE_CHECKING:
     from kvmfs.kvm.kvm_main import Vcpu, Vm
@@ -37,7 +37,7 @@ HYPERCALL_EXITS = 1 << KVM_HC_MAP_GPA_RANGE
 def vm_enable_cap(vm: Vm, cap: int, flags: int, argument: int) -> None:
     """On a VM (api.rst 4.37).  EINVAL: flags, a capability that cannot be enabled, an argument it does not take."""
     handler = VM_CAPS.get(cap)
-    if flags or handler is None:
+    if handler is None or (flags and handler is not _dirty_ring):
         raise KvmError(errno.EINVAL)
     handler(vm, argument)
 
@@ -113,6 +113,10 @@ def _manual_dirty_log_protect(vm: Vm, argument: int) -> None:
     dirty_log.set_manual_protect(vm.memslots, argument)
 
 
+def _dirty_ring(vm: Vm, argument: int) -> None:
+    dirty_ring.enable(vm, argument & 0xFFFFFFFF)
+
+
 VM_CAPS: dict[int, Callable[[Vm, int], None]] = {
     K.KVM_CAP_DISABLE_QUIRKS: _disable_quirks,
     K.KVM_CAP_MAX_VCPU_ID: _max_vcpu_id,
@@ -123,7 +127,9 @@ VM_CAPS: dict[int, Callable[[Vm, int], None]] = {
     K.KVM_CAP_X86_USER_SPACE_MSR: _user_space_msr,
     K.KVM_CAP_EXIT_HYPERCALL: _exit_hypercall,
     K.KVM_CAP_EXIT_ON_EMULATION_FAILURE: _exit_on_emulation_failure,
+    K.KVM_CAP_DIRTY_LOG_RING: _dirty_ring,
     K.KVM_CAP_DISABLE_QUIRKS2: _disable_quirks2,
     K.KVM_CAP_X86_TRIPLE_FAULT_EVENT: _triple_fault_event,
+    K.KVM_CAP_DIRTY_LOG_RING_ACQ_REL: _dirty_ring,
 }
 """capability → what enabling it on a VM does with the first argument."""

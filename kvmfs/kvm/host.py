@@ -96,6 +96,10 @@ class Host(Protocol):
     def finish(self, req: RequestLike, result: int) -> None:
         """Give ``req`` its final result (a value or -errno), whether or not it was answered early."""
 
+    @property
+    def passthrough(self) -> bool:
+        """Are kvm_run areas shared with the client (FUSE passthrough), not copied?"""
+
     def eventfd(self, req: RequestLike, fd: int) -> EventFd:
         """A descriptor of the client's eventfd ``fd``, for the caller to close.  EBADF; EINVAL: it is none."""
 

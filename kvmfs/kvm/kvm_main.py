@@ -34,8 +34,9 @@ VCPU_INODE = 0x100              # + the vCPU's index
 class Kvm:
     """The system level: what a descriptor of the node itself stands for."""
 
-    def __init__(self, vendor: KvmX86Ops, memory_of: Callable[[RequestLike], Memory]) -> None:
+    def __init__(self, vendor: KvmX86Ops, memory_of: Callable[[RequestLike], Memory], *, shares_run: bool = True) -> None:
         self.vendor = vendor
+        self.shares_run = shares_run    # VMs' kvm_run areas are shared memory
         self.memory_of = memory_of
 
 
@@ -146,15 +147,18 @@ class Vcpu:
         self.inode = VCPU_INODE + index
         self.mutex = threading.Lock()
         self.run_fd = os.memfd_create(f"kvm-vcpu:{vcpu_id}", os.MFD_CLOEXEC)
-        os.ftruncate(self.run_fd, VCPU_MMAP_SIZE)
-        self.run_map = mmap.mmap(self.run_fd, VCPU_MMAP_SIZE)
-        self.run = memoryview(self.run_map)
+        rings = vm.memslots.dirty_rings
+        size = VCPU_MMAP_SIZE if rings is None else rings.offset + rings.size
+        os.ftruncate(self.run_fd, size)
+        self.run_map = mmap.mmap(self.run_fd, size)
+        self.run = memoryview(self.run_map)[:VCPU_MMAP_SIZE]
         self.cpu = vm.engine.create_cpu(index)
         self.sigset: int | None = None          # KVM_SET_SIGNAL_MASK's mask
         self.request: RequestLike | None = None  # the KVM_RUN being served
         self._wake: threading.Event | None = None   # set while the guest's HLT waits here
         self.copy_run = False                   # no passthrough: kvm_run is copied at each KVM_RUN
         self.arch = x86.VcpuArch()
+        self.dirty_ring = None if rings is None else rings.open(self)
         x86.vcpu_create(self)
 
     def request_work(self, request: Callable[[Vcpu], None]) -> None:
@@ -186,6 +190,8 @@ class Vcpu:
     def close(self) -> None:
         fd, self.run_fd = self.run_fd, -1       # a creation that failed and the VM's end may meet here
         if fd >= 0:
+            if self.dirty_ring is not None:
+                self.dirty_ring.close()
             self.run.release()
             self.run_map.close()
             os.close(fd)

@@ -15,13 +15,16 @@ import mmap
 import os
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from kvmfs.abi.exits import KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY
 from kvmfs.abi.flags import KVM_DIRTY_LOG_INITIALLY_SET
 from kvmfs.errors import KvmError
 from kvmfs.kvm.dirty_log import DirtyBitmap, LogEngine
 from kvmfs.kvm.host import Segment
+
+if TYPE_CHECKING:
+    from kvmfs.kvm.dirty_ring import DirtyRings
 
 PAGE_SIZE = 4096
 PAGE_MASK = PAGE_SIZE - 1
@@ -164,6 +167,7 @@ class MemSlots:
         # By address; replaced as a whole, so that who looks sees all of a change or nothing.
         self._by_gpa: tuple[list[int], list[MemSlot]] = ([], [])
         self.engine, self._max_gpa = engine, max_gpa
+        self.dirty_rings: DirtyRings | None = None
         self.manual_dirty_log_protect = 0       # options of KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2
 
     def __iter__(self) -> Iterator[MemSlot]:
@@ -283,7 +287,7 @@ class MemSlots:
         assert slot.memory is not None
         address = 0 if slot.dirty_bitmap is None else slot.dirty_bitmap.address
         for at, _, _ in slot.memory.pieces:
-            self.engine.log(slot.gpa + at, address, at // PAGE_SIZE)
+            self.engine.log(slot.gpa + at, address, at // PAGE_SIZE, slot.id)
 
     def _hide(self, slot: MemSlot) -> None:
         assert slot.memory is not None
@@ -346,5 +350,8 @@ class MemSlots:
             if slot.dirty_bitmap is not None:
                 first = (gpa + done - slot.gpa) // PAGE_SIZE
                 last = (gpa + done + n - 1 - slot.gpa) // PAGE_SIZE
-                self.engine.log_set(slot.dirty_bitmap.address, first, last - first + 1)
+                if self.dirty_rings is None:
+                    self.engine.log_set(slot.dirty_bitmap.address, first, last - first + 1)
+                else:
+                    self.dirty_rings.machine_wrote(slot.dirty_bitmap, slot.id, first, last - first + 1)
             done += n

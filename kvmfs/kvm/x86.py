@@ -218,6 +218,8 @@ def ioctl_run(vcpu: Vcpu, req: RequestLike) -> int:
     if mirrored:
         vcpu.vm.mirror_in()
     vcpu.request = req
+    if vcpu.dirty_ring is not None:
+        vcpu.dirty_ring.thread = threading.get_ident()
     vendor = vcpu.vm.vendor
     vendor.vcpu_load(vcpu)
     try:
@@ -289,6 +291,9 @@ def _vcpu_run(vcpu: Vcpu, req: RequestLike) -> int:
 def _enter_guest(vcpu: Vcpu, run: memoryview, arch: VcpuArch) -> int:
     """``vcpu_enter_guest``."""
     cpu = vcpu.cpu
+    if vcpu.dirty_ring is not None and vcpu.dirty_ring.soft_full():
+        _set_reason(run, _EXIT_REASON, kx.KVM_EXIT_DIRTY_RING_FULL)
+        return 0
     if arch.triple_fault:
         arch.triple_fault = False
         _set_reason(run, _EXIT_REASON, kx.KVM_EXIT_SHUTDOWN)

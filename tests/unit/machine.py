@@ -52,6 +52,7 @@ class FakeHost:
         self.holes = holes
 
     mirrors_memory = False
+    passthrough = True
 
     def owns(self, tid):
         return tid < 100

@@ -28,7 +28,7 @@ LINUX_X86_CAPS = frozenset((
 def kvm(request):
     memory = FakeMemory()
     return SimpleNamespace(vendor=SimpleNamespace(name=request.param), memory=memory,
-                           memory_of=lambda req: memory)
+                           memory_of=lambda req: memory, shares_run=True)
 
 
 def request(arg=ARG, *words):
@@ -81,6 +81,9 @@ def test_check_extension(kvm):
         assert check(unknown) == 0
     for cap in range(300):
         assert check(cap) == caps.check_extension_vm(kvm.vendor, cap) >= 0
+    assert check(K.KVM_CAP_DIRTY_LOG_RING) == 1 << 20
+    kvm.shares_run = False
+    assert check(K.KVM_CAP_DIRTY_LOG_RING) == check(K.KVM_CAP_DIRTY_LOG_RING_ACQ_REL) == 0
 
 
 # ---- CPUID -------------------------------------------------------------------------------------------------
