@@ -115,6 +115,59 @@ static void memory_region2(struct client *c)
 	expect_u64("dirty pages of slot 1", bitmap[0], 1);
 }
 
+GUEST(ring_guest, 16, R"(
+	mov	$0x2000, %ax
+	mov	%ax, %ds
+1:
+	mov	%al, 0
+	mov	%eax, 0x2ffe
+	mov	0x5000, %bl
+	hlt
+	jmp	1b
+)");
+
+/* Needs a VM of its own, which has rings before it has vCPUs. */
+static void dirty_ring(struct client *first)
+{
+	enum { BYTES = 65536, DIRTY = 1, RESET = 2 };
+	struct client c = { 0 };
+	struct kvm_enable_cap cap = { .cap = KVM_CAP_DIRTY_LOG_RING, .args = { BYTES } };
+	struct { uint32_t flags, slot; uint64_t offset; } *ring;
+
+	open_node(&c, first->node);
+	create_vm(&c);
+	if (try_ioctl(c.vm, KVM_CHECK_EXTENSION, KVM_CAP_DIRTY_LOG_RING) == 0)
+		return;			/* absent where kvm_run cannot be shared */
+	kvm_call(c.vm, KVM_ENABLE_CAP, &cap);
+	c.mem_size = RAM_SIZE;
+	c.mem = mmap(NULL, RAM_SIZE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	set_flags(&c, 0);
+	create_vcpu(&c);
+	ring = mmap(NULL, BYTES, PROT_READ | PROT_WRITE, MAP_SHARED, c.vcpu, KVM_DIRTY_LOG_PAGE_OFFSET * PAGE);
+	if (ring == MAP_FAILED)
+		fail("the ring cannot be mapped");
+	load_guest(&c, ring_guest);
+	set_real_mode(&c);
+	set_flags(&c, KVM_MEM_LOG_DIRTY_PAGES);
+	for (unsigned int round = 0; round < 2; round++) {
+		static const uint64_t pages[] = { 0x20, 0x22, 0x23 };
+		unsigned int base = 3 * round, seen = 0;
+
+		expect_exit(&c, KVM_EXIT_HLT);
+		for (unsigned int i = base; i < base + 3; i++) {
+			expect_u64("flags of an entry", ring[i].flags, DIRTY);
+			expect_u64("slot of an entry", ring[i].slot, 0);
+			for (unsigned int k = 0; k < 3; k++)
+				seen |= (ring[i].offset == pages[k]) << k;
+			ring[i].flags = RESET;
+		}
+		expect_u64("pages seen", seen, 7);
+		expect_u64("no further entry", ring[base + 3].flags, 0);
+		expect_u64("entries reset", kvm_call(c.vm, KVM_RESET_DIRTY_RINGS, 0), 3);
+		expect_u64("flags after the reset", ring[base].flags, 0);
+	}
+}
+
 /* Each slot shows the same page of the client, so that what the guest writes through one is read through another. */
 static void many_slots(struct client *c)
 {
@@ -208,6 +261,7 @@ static void ioeventfd(struct client *c)
 const struct subtest memory_subtests[] = {
 	{ "dirty_log", dirty_log },
 	{ "dirty_log_manual", dirty_log_manual },
+	{ "dirty_ring", dirty_ring },
 	{ "memory_region2", memory_region2 },
 	{ "many_slots", many_slots },
 	{ "coalesced", coalesced },
