@@ -3,6 +3,8 @@
 
 import errno
 import struct
+import threading
+import time
 
 import pytest
 
@@ -404,3 +406,30 @@ def test_a_dr7_that_hardware_refuses(machine, vendor):
     assert m.reason == kx.KVM_EXIT_FAIL_ENTRY
     assert debug(m, ENABLE | HW, 0x400) == 0
     halted(m)
+
+
+@BOTH
+@pytest.mark.parametrize("dr7", [0x402, 0x402 | 1 << 16 | 1 << 18])
+def test_breakpoints_while_another_vcpu_runs_the_same_code(machine, vendor, dr7):
+    m = machine(vendor, "again: inc dword ptr [bx]; at: nop; jmp again")
+    assert m.ioctl(VM_INODE, K.KVM_CREATE_VCPU, 1)[0] == VCPU_INODE + 1
+    m.set_regs(rip=CODE, rbx=0x1008)
+    other = m.vm.vcpus[1]
+    m.ioctl(other.inode, K.KVM_SET_SREGS, 1, m.vcpu_ioctl(K.KVM_GET_SREGS)[1])
+    m.ioctl(other.inode, K.KVM_SET_REGS, 1, m.vcpu_ioctl(K.KVM_GET_REGS)[1])
+    m.set_regs(rip=CODE, rbx=0x1000)
+    address = m.symbols["at"] if dr7 == 0x402 else 0x1000
+    assert debug(m, ENABLE | HW, dr7, (address,)) == 0
+    result = []
+    thread = threading.Thread(target=lambda: result.append(m.ioctl(other.inode, K.KVM_RUN)[0]))
+    thread.start()
+    turn, deadline = -1, time.monotonic() + 10
+    while turn < 200 or (not any(m.read(0x1008, 4)) and time.monotonic() < deadline):
+        turn += 1
+        assert stop(m)[1:3] == (m.symbols["at"], LOW | 1)
+        assert int.from_bytes(m.read(0x1000, 4), "little") == turn + 1
+    other.request.interrupted = True
+    other.kick()
+    thread.join(10)
+    assert result == [-errno.EINTR]
+    assert int.from_bytes(m.read(0x1008, 4), "little") > 0
