@@ -22,16 +22,15 @@ from kvmfs.api.vcpu_clock import (  # noqa: F401 (handlers)
     x86_set_mce,
     x86_setup_mce,
 )
+from kvmfs.api.vcpu_irq import get_lapic, set_lapic  # noqa: F401 (handlers)
 from kvmfs.api.vcpu_state import (  # noqa: F401 (handlers)
     get_debugregs,
-    get_lapic,
     get_sregs2,
     get_xcrs,
     get_xsave,
     get_xsave2,
     set_debugregs,
     set_guest_debug,
-    set_lapic,
     set_sregs2,
     set_vapic_addr,
     set_xcrs,
@@ -40,8 +39,7 @@ from kvmfs.api.vcpu_state import (  # noqa: F401 (handlers)
     translate,
 )
 from kvmfs.errors import KvmError
-from kvmfs.kvm import cpuid, events, fpu, msr_lists, regs
-from kvmfs.kvm.x86 import MP_STATE_RUNNABLE
+from kvmfs.kvm import cpuid, events, fpu, irq, msr_lists, regs
 
 if TYPE_CHECKING:
     from kvmfs.kvm.host import RequestLike
@@ -89,10 +87,17 @@ def set_fpu(vcpu: Vcpu, req: RequestLike) -> int:
 
 
 def interrupt(vcpu: Vcpu, req: RequestLike) -> int:
-    """KVM_INTERRUPT (api.rst 4.16): queue a vector for the next entry.  EINVAL: vector above 255."""
+    """KVM_INTERRUPT (api.rst 4.16): queue a vector for the next entry.
+
+    EINVAL: vector above 255; ENXIO: the PIC is in here; EEXIST: the last one (split irqchip) still waits.
+    """
     vector, = _U32.unpack(req.data)
     if vector >= KVM_NR_INTERRUPTS:
         raise KvmError(errno.EINVAL)
+    apic = vcpu.arch.apic
+    if apic is not None:
+        irq.interrupt(vcpu, apic, vector)
+        return 0
     events.queue_interrupt(vcpu, vector)
     vcpu.arch.entry_check = True
     return 0
@@ -100,8 +105,7 @@ def interrupt(vcpu: Vcpu, req: RequestLike) -> int:
 
 def nmi(vcpu: Vcpu, req: RequestLike) -> int:
     """KVM_NMI (api.rst 4.64)."""
-    vcpu.arch.nmi_queued += 1
-    vcpu.arch.event_request = True
+    events.queue_nmi(vcpu)
     return 0
 
 
@@ -112,15 +116,13 @@ def smi(vcpu: Vcpu, req: RequestLike) -> int:
 
 def get_mp_state(vcpu: Vcpu, req: RequestLike) -> bytes:
     """KVM_GET_MP_STATE (api.rst 4.38)."""
-    return _U32.pack(vcpu.arch.mp_state)
+    return _U32.pack(irq.get_mp_state(vcpu))
 
 
 def set_mp_state(vcpu: Vcpu, req: RequestLike) -> int:
     """KVM_SET_MP_STATE (api.rst 4.39).  Without an in-kernel APIC only RUNNABLE exists: EINVAL."""
     state, = _U32.unpack(req.data)
-    if state != MP_STATE_RUNNABLE:
-        raise KvmError(errno.EINVAL)
-    vcpu.arch.mp_state = state
+    irq.set_mp_state(vcpu, state)
     return 0
 
 
@@ -165,6 +167,8 @@ def _set_cpuid(vcpu: Vcpu, entries: tuple[cpuid.CpuidEntry, ...]) -> int:
     arch = vcpu.arch
     arch.update_cpuid(vcpu)
     arch.cpuid = cpuid.set_cpuid(arch.cpuid, entries, has_run=arch.ran, **arch.cpuid_state(vcpu))
+    if arch.apic is not None:
+        arch.apic.after_set_cpuid()
     return 0
 
 

@@ -82,16 +82,6 @@ def translate(vcpu: Vcpu, req: RequestLike) -> bytes:
     return _TRANSLATION.pack(linear, physical, gpa is not None, 1, 0, pad)
 
 
-def get_lapic(vcpu: Vcpu, req: RequestLike) -> bytes:
-    """KVM_GET_LAPIC (api.rst 4.57).  EINVAL: the APIC is the client's."""
-    raise KvmError(errno.EINVAL)
-
-
-def set_lapic(vcpu: Vcpu, req: RequestLike) -> int:
-    """KVM_SET_LAPIC (api.rst 4.58).  EINVAL: the APIC is the client's."""
-    raise KvmError(errno.EINVAL)
-
-
 def tpr_access_reporting(vcpu: Vcpu, req: RequestLike) -> bytes:
     """KVM_TPR_ACCESS_REPORTING: the request again.  EINVAL: flags.
 

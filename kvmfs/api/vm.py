@@ -14,6 +14,22 @@ from typing import TYPE_CHECKING
 from kvmfs.abi.structs import KvmEncRegion
 from kvmfs.api.vm_caps import enable_cap, set_boot_cpu_id, set_nr_mmu_pages, x86_set_msr_filter  # noqa: F401 (handlers)
 from kvmfs.api.vm_clock import get_clock, get_tsc_khz, set_clock, set_tsc_khz  # noqa: F401 (handlers)
+from kvmfs.api.vm_irq import (  # noqa: F401 (handlers)
+    create_irqchip,
+    create_pit,
+    create_pit2,
+    get_irqchip,
+    get_pit,
+    get_pit2,
+    irq_line,
+    irq_line_status,
+    reinject_control,
+    set_gsi_routing,
+    set_irqchip,
+    set_pit,
+    set_pit2,
+    signal_msi,
+)
 from kvmfs.errors import KvmError
 from kvmfs.kvm import caps, coalesced_mmio, dirty_log, dirty_ring, eventfd
 

@@ -15,11 +15,20 @@ from typing import TYPE_CHECKING
 from kvmfs.abi import caps as K
 from kvmfs.abi.exits import KVM_COALESCED_MMIO_PAGE_OFFSET, KVM_SYNC_X86_VALID_FIELDS
 from kvmfs.abi.flags import KVM_X86_DEFAULT_VM
-from kvmfs.abi.x86 import KVM_DIRTY_RING_MAX_ENTRIES, KVM_MAX_MCE_BANKS, KVM_MAX_VCPU_IDS, KVM_MAX_VCPUS, KVM_USER_MEM_SLOTS
+from kvmfs.abi.x86 import (
+    KVM_DIRTY_RING_MAX_ENTRIES,
+    KVM_MAX_IRQ_ROUTES,
+    KVM_MAX_MCE_BANKS,
+    KVM_MAX_VCPU_IDS,
+    KVM_MAX_VCPUS,
+    KVM_USER_MEM_SLOTS,
+)
 from kvmfs.kvm import steal_time
 from kvmfs.kvm.dirty_log import KVM_DIRTY_LOG_MANUAL_CAPS
 from kvmfs.kvm.enable_cap import HYPERCALL_EXITS, SUPPORTED_DISABLE_EXITS, SUPPORTED_QUIRKS
 from kvmfs.kvm.guest_debug import GUESTDBG_VALID_MASK
+from kvmfs.kvm.irq import X2APIC_API_VALID_FLAGS
+from kvmfs.kvm.irq_comm import APIC_BUS_CYCLE_NS_DEFAULT
 from kvmfs.kvm.kvmclock import VALID_FLAGS as KVM_CLOCK_VALID_FLAGS
 from kvmfs.kvm.xsave import XSAVE_SIZE
 
@@ -37,6 +46,19 @@ def online_cpus() -> int:
 
 SUPPORTED: dict[int, int | Callable[[], int]] = {
     K.KVM_CAP_HLT: 1,
+    K.KVM_CAP_IRQCHIP: 1,
+    K.KVM_CAP_PIT: 1,
+    K.KVM_CAP_PIT2: 1,
+    K.KVM_CAP_PIT_STATE2: 1,
+    K.KVM_CAP_REINJECT_CONTROL: 1,
+    K.KVM_CAP_IRQ_ROUTING: KVM_MAX_IRQ_ROUTES,
+    K.KVM_CAP_IRQ_INJECT_STATUS: 1,
+    K.KVM_CAP_SIGNAL_MSI: 1,
+    K.KVM_CAP_IOAPIC_POLARITY_IGNORED: 1,
+    K.KVM_CAP_TSC_DEADLINE_TIMER: 1,
+    K.KVM_CAP_X86_APIC_BUS_CYCLES_NS: APIC_BUS_CYCLE_NS_DEFAULT,
+    K.KVM_CAP_X2APIC_API: X2APIC_API_VALID_FLAGS,
+    K.KVM_CAP_SPLIT_IRQCHIP: 1,
     K.KVM_CAP_USER_MEMORY: 1,
     K.KVM_CAP_SET_TSS_ADDR: 1,
     K.KVM_CAP_EXT_CPUID: 1,
@@ -102,42 +124,30 @@ SUPPORTED: dict[int, int | Callable[[], int]] = {
 }
 """number → value, or what computes it."""
 
-_IRQCHIP = "there is no in-kernel irqchip"
 _ENABLE = "KVM_ENABLE_CAP has no effect for it"
 _IOCTL = "its ioctls have no handler"
+_ASYNC_PF = "asynchronous page faults cannot be turned on"
 _HYPERV = "no Hyper-V enlightenments"
 _SEV = "no encrypted guests"
 _PMU = "no PMU"
 
 ABSENT: dict[int, str] = {
-    K.KVM_CAP_IRQCHIP: _IRQCHIP,
-    K.KVM_CAP_VAPIC: _IRQCHIP,
-    K.KVM_CAP_PIT: _IRQCHIP,
+    K.KVM_CAP_VAPIC: "no KVM_SET_VAPIC_ADDR, no TPR access reporting",
     K.KVM_CAP_SYNC_MMU: "a client's later mmap or munmap in a slot's range is not followed",
-    K.KVM_CAP_REINJECT_CONTROL: _IRQCHIP,
-    K.KVM_CAP_IRQ_ROUTING: _IRQCHIP,
-    K.KVM_CAP_IRQ_INJECT_STATUS: _IRQCHIP,
-    K.KVM_CAP_IRQFD: _IRQCHIP,
-    K.KVM_CAP_PIT2: _IRQCHIP,
-    K.KVM_CAP_PIT_STATE2: _IRQCHIP,
+    K.KVM_CAP_IRQFD: _IOCTL,
     K.KVM_CAP_XEN_HVM: "no Xen guests",
     K.KVM_CAP_HYPERV: _HYPERV,
     K.KVM_CAP_HYPERV_VAPIC: _HYPERV,
     K.KVM_CAP_HYPERV_SPIN: _HYPERV,
     K.KVM_CAP_PCI_SEGMENT: "device assignment is gone from KVM; Linux still says 1",
-    K.KVM_CAP_ASYNC_PF: _IRQCHIP,
+    K.KVM_CAP_ASYNC_PF: _ASYNC_PF,
     K.KVM_CAP_TSC_CONTROL: "no TSC scaling",
-    K.KVM_CAP_TSC_DEADLINE_TIMER: _IRQCHIP,
-    K.KVM_CAP_SIGNAL_MSI: _IRQCHIP,
-    K.KVM_CAP_IRQFD_RESAMPLE: _IRQCHIP,
+    K.KVM_CAP_IRQFD_RESAMPLE: _IOCTL,
     K.KVM_CAP_DEVICE_CTRL: _IOCTL,
     K.KVM_CAP_HYPERV_TIME: _HYPERV,
-    K.KVM_CAP_IOAPIC_POLARITY_IGNORED: _IRQCHIP,
     K.KVM_CAP_X86_SMM: "no system management mode",
     K.KVM_CAP_MULTI_ADDRESS_SPACE: "the second address space is SMM's",
-    K.KVM_CAP_SPLIT_IRQCHIP: _IRQCHIP,
     K.KVM_CAP_HYPERV_SYNIC: _HYPERV,
-    K.KVM_CAP_X2APIC_API: _IRQCHIP,
     K.KVM_CAP_HYPERV_SYNIC2: _HYPERV,
     K.KVM_CAP_HYPERV_VP_INDEX: _HYPERV,
     K.KVM_CAP_HYPERV_EVENTFD: _HYPERV,
@@ -148,8 +158,8 @@ ABSENT: dict[int, str] = {
     K.KVM_CAP_HYPERV_CPUID: _HYPERV,
     K.KVM_CAP_PMU_EVENT_FILTER: _PMU,
     K.KVM_CAP_HYPERV_DIRECT_TLBFLUSH: _HYPERV,
-    K.KVM_CAP_HALT_POLL: "HLT always exits: nothing polls",
-    K.KVM_CAP_ASYNC_PF_INT: _IRQCHIP,
+    K.KVM_CAP_HALT_POLL: "a vCPU that halts never polls",
+    K.KVM_CAP_ASYNC_PF_INT: _ASYNC_PF,
     K.KVM_CAP_LAST_CPU: "fail_entry.cpu and internal_error's last CPU are not told",
     K.KVM_CAP_SMALLER_MAXPHYADDR: "reserved bits of guest page tables follow the engine's width",
     K.KVM_CAP_SYS_HYPERV_CPUID: _HYPERV,
@@ -170,7 +180,6 @@ ABSENT: dict[int, str] = {
     K.KVM_CAP_MEMORY_ATTRIBUTES: "no private memory",
     K.KVM_CAP_GUEST_MEMFD: "no private memory",
     K.KVM_CAP_PRE_FAULT_MEMORY: _IOCTL,
-    K.KVM_CAP_X86_APIC_BUS_CYCLES_NS: _IRQCHIP,
     K.KVM_CAP_X86_GUEST_MODE: "no nested guests",
 }
 """number → why Linux on x86 says yes (on some host at least) and this KVM 0."""

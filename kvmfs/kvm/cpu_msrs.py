@@ -48,6 +48,8 @@ class VcpuMsrs:
             kvmclock.synchronize_tsc(vcpu, value)
         elif index == M.MSR_EFER:
             return regs.set_efer(vcpu, value, host_initiated=host_initiated)
+        elif vcpu.arch.apic is not None:
+            vcpu.arch.apic.set_base(value)
         else:
             vcpu.arch.apic_base = value
             vcpu.arch.cpuid_changed = True

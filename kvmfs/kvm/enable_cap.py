@@ -16,14 +16,15 @@ from kvmfs.abi import flags as F
 from kvmfs.abi.para import KVM_HC_MAP_GPA_RANGE
 from kvmfs.abi.x86 import KVM_MAX_VCPU_IDS
 from kvmfs.errors import KvmError
-from kvmfs.kvm import dirty_log, dirty_ring
+from kvmfs.kvm import dirty_log, dirty_ring, irq
 
 if TYPE_CHECKING:
     from kvmfs.kvm.kvm_main import Vcpu, Vm
 
 # Caching modes and shadow pages do not exist here, so that a guest with CD_NW_CLEARED or SLOT_ZAP_ALL off is as
-# one with them on.  The other quirks of Linux belong to the in-kernel APIC and to nested guests.
-SUPPORTED_QUIRKS = (F.KVM_X86_QUIRK_CD_NW_CLEARED | F.KVM_X86_QUIRK_OUT_7E_INC_RIP
+# one with them on.  Linux's last quirk belongs to nested guests.
+SUPPORTED_QUIRKS = (F.KVM_X86_QUIRK_LINT0_REENABLED | F.KVM_X86_QUIRK_LAPIC_MMIO_HOLE
+                    | F.KVM_X86_QUIRK_CD_NW_CLEARED | F.KVM_X86_QUIRK_OUT_7E_INC_RIP
                     | F.KVM_X86_QUIRK_MISC_ENABLE_NO_MWAIT | F.KVM_X86_QUIRK_FIX_HYPERCALL_INSN
                     | F.KVM_X86_QUIRK_MWAIT_NEVER_UD_FAULTS | F.KVM_X86_QUIRK_SLOT_ZAP_ALL
                     | F.KVM_X86_QUIRK_STUFF_FEATURE_MSRS)
@@ -131,5 +132,8 @@ VM_CAPS: dict[int, Callable[[Vm, int], None]] = {
     K.KVM_CAP_DISABLE_QUIRKS2: _disable_quirks2,
     K.KVM_CAP_X86_TRIPLE_FAULT_EVENT: _triple_fault_event,
     K.KVM_CAP_DIRTY_LOG_RING_ACQ_REL: _dirty_ring,
+    K.KVM_CAP_SPLIT_IRQCHIP: irq.enable_split_irqchip,
+    K.KVM_CAP_X2APIC_API: irq.enable_x2apic_api,
+    K.KVM_CAP_X86_APIC_BUS_CYCLES_NS: irq.set_apic_bus_cycle,
 }
 """capability → what enabling it on a VM does with the first argument."""

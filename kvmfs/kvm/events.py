@@ -25,6 +25,7 @@ from kvmfs.errors import KvmError
 
 if TYPE_CHECKING:
     from kvmfs.kvm.kvm_main import Vcpu
+    from kvmfs.kvm.lapic import Lapic
 
 GP_VECTOR, BP_VECTOR, OF_VECTOR, MC_VECTOR = 13, 3, 4, 18
 _CONTRIBUTORY = frozenset((0, 10, 11, 12, GP_VECTOR))
@@ -120,9 +121,30 @@ def process_nmi(vcpu: Vcpu) -> None:
     arch = vcpu.arch
     if arch.nmi_queued:
         limit = 1 if vcpu.cpu.nmi_masked or arch.nmi_injected else 2
-        arch.nmi_pending = min(arch.nmi_pending + arch.nmi_queued, limit)
-        arch.nmi_queued = 0
+        arch.nmi_pending = min(arch.nmi_pending + take_queued_nmis(vcpu), limit)
         arch.event_request = True
+
+
+def take_queued_nmis(vcpu: Vcpu) -> int:
+    """How many NMIs came; with a local APIC they come from any thread."""
+    arch, apic = vcpu.arch, vcpu.arch.apic
+    if apic is None:
+        queued, arch.nmi_queued = arch.nmi_queued, 0
+        return queued
+    with apic.chip.lock:
+        queued, arch.nmi_queued = arch.nmi_queued, 0
+    return queued
+
+
+def queue_nmi(vcpu: Vcpu) -> None:
+    """``kvm_inject_nmi`` by a client, which holds the vCPU's mutex."""
+    apic = vcpu.arch.apic
+    if apic is None:
+        vcpu.arch.nmi_queued += 1
+    else:
+        with apic.chip.lock:
+            vcpu.arch.nmi_queued += 1
+    vcpu.arch.event_request = True
 
 
 def interrupt_allowed(vcpu: Vcpu) -> bool:
@@ -138,7 +160,8 @@ def needs_reinjection(vcpu: Vcpu) -> bool:
 
 def ready_for_interrupt_injection(vcpu: Vcpu) -> bool:
     """``kvm_vcpu_ready_for_interrupt_injection``: kvm_run's field of that name."""
-    return interrupt_allowed(vcpu) and not needs_reinjection(vcpu) and not vcpu.arch.exception.pending
+    return (interrupt_allowed(vcpu) and not needs_reinjection(vcpu) and not vcpu.arch.exception.pending
+            and (vcpu.arch.apic is None or vcpu.arch.apic.accepts_dm_intr()))
 
 
 def _give_exception(vcpu: Vcpu) -> None:
@@ -188,7 +211,25 @@ def check_and_inject_events(vcpu: Vcpu) -> None:
         else:
             arch.nmi_pending -= 1
             arch.nmi_injected = True
+            can_inject = False
+    if arch.apic is not None:
+        _inject_from_controllers(vcpu, arch.apic, can_inject)
     arch.given = ex.injected or arch.nmi_injected or arch.interrupt.injected or arch.nmi_window
+
+
+def _inject_from_controllers(vcpu: Vcpu, apic: Lapic, can_inject: bool) -> None:
+    """Take an interrupt of the in-kernel controllers, or ask for a window for it."""
+    cpu, interrupt = vcpu.cpu, vcpu.arch.interrupt
+    with apic.chip.lock:
+        if not apic.cpu_has_interrupt():
+            return
+        if can_inject and cpu.interrupt_allowed:
+            vector = apic.cpu_get_interrupt()
+            if vector >= 0:
+                interrupt.injected, interrupt.nr, interrupt.soft = True, vector, False
+                cpu.inject_interrupt(vector)
+        if apic.cpu_has_interrupt():
+            cpu.set_interrupt_window(True)
 
 
 def _give_interrupt(vcpu: Vcpu) -> None:
@@ -246,6 +287,7 @@ def get_vcpu_events(vcpu: Vcpu) -> KvmVcpuEvents:
     ev.nmi.injected = arch.nmi_injected
     ev.nmi.pending = arch.nmi_pending
     ev.nmi.masked = vcpu.cpu.nmi_masked
+    ev.smi.latched_init = arch.apic is not None and arch.apic.pending_events & 1
     ev.flags = (kx.KVM_VCPUEVENT_VALID_NMI_PENDING | kx.KVM_VCPUEVENT_VALID_SHADOW
                 | kx.KVM_VCPUEVENT_VALID_SMM)
     if vm.exception_payload_enabled:
@@ -287,9 +329,14 @@ def set_vcpu_events(vcpu: Vcpu, ev: KvmVcpuEvents) -> None:
     if flags & kx.KVM_VCPUEVENT_VALID_NMI_PENDING:
         arch.nmi_pending, arch.nmi_queued = 0, ev.nmi.pending
     vcpu.cpu.nmi_masked = bool(ev.nmi.masked)
+    if flags & kx.KVM_VCPUEVENT_VALID_SIPI_VECTOR and arch.apic is not None:
+        arch.apic.sipi_vector = ev.sipi_vector
     # Linux, too, has taken the events above when it refuses what follows.
     if flags & kx.KVM_VCPUEVENT_VALID_SMM and (ev.smi.smm or ev.smi.pending or ev.smi.smm_inside_nmi):
         raise KvmError(errno.EINVAL)
+    if flags & kx.KVM_VCPUEVENT_VALID_SMM and arch.apic is not None:
+        with arch.apic.chip.lock:
+            arch.apic.pending_events = arch.apic.pending_events & ~1 | bool(ev.smi.latched_init)
     if flags & kx.KVM_VCPUEVENT_VALID_TRIPLE_FAULT:
         if not vm.triple_fault_event:
             raise KvmError(errno.EINVAL)

@@ -46,8 +46,8 @@ class HrTimer:
 class HrTimers:
     """The timers of one VM, under ``lock``."""
 
-    def __init__(self, lock: threading.RLock) -> None:  # type: ignore[valid-type]
-        self._changed = threading.Condition(lock)       # type: ignore[arg-type]
+    def __init__(self, lock: threading.RLock) -> None:
+        self._changed = threading.Condition(lock)
         self._queue: list[tuple[int, int, HrTimer]] = []
         self._count = 0
         self._thread: threading.Thread | None = None

@@ -215,12 +215,13 @@ class IoApic:
 
     def get_state(self) -> KvmIoapicState:
         state = KvmIoapicState(self.base_address, self.ioregsel, self.id, self.irr & ~self.irr_delivered, 0)
-        state.redirtbl[:] = self.redirtbl
+        for pin, entry in enumerate(self.redirtbl):
+            state.redirtbl[pin] = entry
         return state
 
     def set_state(self, state: KvmIoapicState) -> None:
         self.base_address, self.ioregsel, self.id = state.base_address, state.ioregsel, state.id
-        self.redirtbl = list(state.redirtbl)
+        self.redirtbl = [int(entry) for entry in state.redirtbl]
         self.irr = self.irr_delivered = 0
         self._chip.request_scan()
         self._rtc_pending_eoi = 0

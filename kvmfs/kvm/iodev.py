@@ -21,6 +21,13 @@ class IoDevice(Protocol):
         """Take the guest's write; False: it is not for this device."""
 
 
+class ReadableDevice(IoDevice, Protocol):
+    """A device with registers, not only a doorbell."""
+
+    def read(self, vcpu: Vcpu, addr: int, size: int) -> bytes | None:
+        """``size`` bytes for the guest; None: it is not for this device."""
+
+
 class IoRange(NamedTuple):
     """``struct kvm_io_range``; of size 0: every access that starts at ``addr``."""
 
@@ -42,6 +49,7 @@ class IoBus:
 
     def __init__(self) -> None:
         self.ranges: tuple[IoRange, ...] = ()
+        self.readable: tuple[tuple[IoRange, ReadableDevice], ...] = ()
         self.ioeventfd_count = 0        # they are limited by the client's descriptors, not by NR_IOBUS_DEVS
 
     def register(self, addr: int, size: int, device: IoDevice) -> None:
@@ -53,11 +61,47 @@ class IoBus:
             at += 1
         self.ranges = (*self.ranges[:at], IoRange(addr, size, device), *self.ranges[at:])
 
+    def register_readable(self, addr: int, size: int, device: ReadableDevice) -> None:
+        """The same for a device with registers."""
+        self.register(addr, size, device)
+        self.readable = (*self.readable, (IoRange(addr, size, device), device))
+
     def unregister(self, device: IoDevice) -> None:
         """``kvm_io_bus_unregister_dev``."""
         self.ranges = tuple(r for r in self.ranges if r.device is not device)
+        self.readable = tuple(r for r in self.readable if r[1] is not device)
+
+    def read(self, vcpu: Vcpu, addr: int, size: int) -> bytes | None:
+        """``kvm_io_bus_read``: what a device answers; None: none has taken it."""
+        for where, device in self.readable:
+            if where.compare(addr, size) == 0:
+                data = device.read(vcpu, addr, size)
+                if data is not None:
+                    return data
+        return None
 
     def write(self, vcpu: Vcpu, addr: int, data: bytes) -> bool:
         """``kvm_io_bus_write``: has a device taken it?"""
         size = len(data)
         return any(r.compare(addr, size) == 0 and r.device.write(vcpu, addr, data) for r in self.ranges)
+
+
+def read_ports(vcpu: Vcpu, port: int, size: int, count: int) -> bytes | None:
+    """``kernel_pio``: IN or INS from a device that is here; None: it is the client's."""
+    bus = vcpu.vm.pio_bus
+    data = bus.read(vcpu, port, size)
+    if data is None or count == 1:
+        return data
+    for _ in range(count - 1):
+        more = bus.read(vcpu, port, size)
+        if more is None:
+            break
+        data += more
+    return data.ljust(size * count, b"\0")
+
+
+def read_mmio(vcpu: Vcpu, gpa: int, size: int) -> bytes | None:
+    """``vcpu_mmio_read``: the local APIC, then the bus; None: it is the client's."""
+    apic = vcpu.arch.apic
+    data = apic.read(vcpu, gpa, size) if apic is not None else None
+    return vcpu.vm.mmio_bus.read(vcpu, gpa, size) if data is None else data

@@ -20,7 +20,6 @@ from kvmfs.errors import KvmError
 from kvmfs.kvm import events
 from kvmfs.kvm.i8254 import PIT_PORT, PIT_PORTS, SPEAKER_PORT, SPEAKER_PORTS, Pit, Speaker
 from kvmfs.kvm.i8259 import Pic
-from kvmfs.kvm.io_bus import IoBus
 from kvmfs.kvm.irq_comm import Irqchip
 from kvmfs.kvm.lapic import Lapic
 from kvmfs.kvm.lapic_core import PENDING_INIT, PENDING_SIPI
@@ -47,9 +46,10 @@ def create_irqchip(vm: Vm) -> None:
         chip = Irqchip(vm, split=False)
         pic, ioapic = chip.pic, chip.ioapic
         if pic is not None and ioapic is not None:
-            for port, count in Pic.PORTS:
-                pio_bus(vm).register(port, count, pic)
-            mmio_bus(vm).register(IO_APIC_DEFAULT_PHYS_BASE, IOAPIC_MEM_LENGTH, ioapic)
+            with vm.slots_lock:
+                for port, count in Pic.PORTS:
+                    vm.pio_bus.register_readable(port, count, pic)
+                vm.mmio_bus.register_readable(IO_APIC_DEFAULT_PHYS_BASE, IOAPIC_MEM_LENGTH, ioapic)
         vm.arch.irqchip = chip
 
 
@@ -99,23 +99,10 @@ def create_pit(vm: Vm, flags: int) -> None:
         with chip.lock:
             pit = Pit(chip)
             chip.pit = pit
-        pio_bus(vm).register(PIT_PORT, PIT_PORTS, pit)
-        if flags & KVM_PIT_SPEAKER_DUMMY:
-            pio_bus(vm).register(SPEAKER_PORT, SPEAKER_PORTS, Speaker(pit))
-
-
-def pio_bus(vm: Vm) -> IoBus:
-    """The VM's port bus, made when the first device comes."""
-    if vm.arch.pio_bus is None:
-        vm.arch.pio_bus = IoBus()
-    return vm.arch.pio_bus
-
-
-def mmio_bus(vm: Vm) -> IoBus:
-    """The VM's memory bus, made when the first device comes."""
-    if vm.arch.mmio_bus is None:
-        vm.arch.mmio_bus = IoBus()
-    return vm.arch.mmio_bus
+        with vm.slots_lock:
+            vm.pio_bus.register_readable(PIT_PORT, PIT_PORTS, pit)
+            if flags & KVM_PIT_SPEAKER_DUMMY:
+                vm.pio_bus.register_readable(SPEAKER_PORT, SPEAKER_PORTS, Speaker(pit))
 
 
 def create_lapic(vcpu: Vcpu) -> None:
@@ -131,51 +118,6 @@ def create_lapic(vcpu: Vcpu) -> None:
 
 # ---- interrupts ------------------------------------------------------------------------------------------
 
-def has_extint(apic: Lapic) -> bool:
-    """``kvm_cpu_has_extint``: one from the PIC, or from the client when the irqchip is split."""
-    pic = apic.chip.pic
-    waiting = pic.output if pic is not None else apic.external_vector is not None
-    return waiting and apic.accepts_pic_intr()
-
-
-def has_interrupt(apic: Lapic) -> bool:
-    """``kvm_cpu_has_interrupt``."""
-    return has_extint(apic) or apic.has_interrupt() >= 0
-
-
-def get_interrupt(apic: Lapic) -> int:
-    """``kvm_cpu_get_interrupt``: acknowledge the vector to be taken now; -1: there is none."""
-    if has_extint(apic):
-        if apic.chip.pic is not None:
-            return apic.chip.pic.read_irq()
-        vector, apic.external_vector = apic.external_vector, None
-        return -1 if vector is None else vector
-    vector = apic.has_interrupt()
-    if vector >= 0:
-        apic.ack_interrupt(vector)
-    return vector
-
-
-def inject_interrupt(vcpu: Vcpu, apic: Lapic, can_inject: bool) -> None:
-    """The end of ``kvm_check_and_inject_events``: give the CPU an interrupt, or ask for a window for it."""
-    cpu, interrupt = vcpu.cpu, vcpu.arch.interrupt
-    with apic.chip.lock:
-        if not has_interrupt(apic):
-            return
-        if can_inject and cpu.interrupt_allowed:
-            vector = get_interrupt(apic)
-            if vector >= 0:
-                interrupt.injected, interrupt.nr, interrupt.soft = True, vector, False
-                cpu.inject_interrupt(vector)
-        if has_interrupt(apic):
-            cpu.set_interrupt_window(True)
-
-
-def accepts_dm_intr(apic: Lapic) -> bool:
-    """``kvm_cpu_accept_dm_intr``: has a client's KVM_INTERRUPT a place to wait in?"""
-    return not has_extint(apic) and apic.accepts_pic_intr()
-
-
 def interrupt(vcpu: Vcpu, apic: Lapic, vector: int) -> None:
     """KVM_INTERRUPT with an irqchip: only where the PIC is the client's.  ENXIO, EEXIST."""
     if apic.chip.pic is not None:
@@ -183,17 +125,6 @@ def interrupt(vcpu: Vcpu, apic: Lapic, vector: int) -> None:
     if apic.external_vector is not None:
         raise KvmError(errno.EEXIST)
     apic.external_vector = vector
-    vcpu.arch.event_request = True
-
-
-def queue_nmi(vcpu: Vcpu) -> None:
-    """``kvm_inject_nmi`` by the vCPU's own thread or a client that holds its mutex; also without an irqchip."""
-    apic = vcpu.arch.apic
-    if apic is None:
-        vcpu.arch.nmi_queued += 1
-    else:
-        with apic.chip.lock:
-            vcpu.arch.nmi_queued += 1
     vcpu.arch.event_request = True
 
 
@@ -209,7 +140,7 @@ def has_events(vcpu: Vcpu, apic: Lapic) -> bool:
     if not events.interrupt_allowed(vcpu):
         return False
     with apic.chip.lock:
-        return has_interrupt(apic)
+        return apic.cpu_has_interrupt()
 
 
 def runnable(vcpu: Vcpu, apic: Lapic) -> bool:
@@ -301,7 +232,7 @@ def run_uninitialized(vcpu: Vcpu, apic: Lapic, req: RequestLike, stop: Callable[
 
 def accept_events(vcpu: Vcpu, apic: Lapic) -> None:
     """``kvm_apic_accept_events``: INIT resets the vCPU, SIPI starts one that waits for it."""
-    from kvmfs.kvm.x86 import vcpu_reset    # which imports this
+    from kvmfs.kvm.x86 import vcpu_reset  # which imports this
 
     with apic.chip.lock:
         pending, apic.pending_events = apic.pending_events, 0

@@ -61,7 +61,7 @@ class RoutingTable:
         self.size = highest_gsi + 1
         for route in routes:
             there = self.by_gsi.setdefault(route.gsi, [])
-            if any(KVM_IRQ_ROUTING_IRQCHIP != other.type or route.type != other.type
+            if any(other.type != KVM_IRQ_ROUTING_IRQCHIP or route.type != other.type
                    or other.irqchip == route.irqchip for other in there):
                 raise KvmError(errno.EINVAL)
             there.append(route)

@@ -132,6 +132,8 @@ class Vm:
         self.dead = True
         self.arch.resumed.set()
         self.kick_all()
+        if self.arch.irqchip is not None:
+            self.arch.irqchip.close()
         for vcpu in self.vcpus:
             vcpu.close()
         eventfd.release(self)
@@ -172,6 +174,8 @@ class Vcpu:
         wake = self._wake
         if wake is not None:
             wake.set()
+        if self.arch.apic is not None:
+            self.arch.apic.wake.set()
 
     def halt(self) -> None:
         """The guest's CPU stands still until somebody kicks it (KVM_X86_DISABLE_EXITS_HLT).

@@ -230,6 +230,34 @@ class LapicCore:
         self.isr |= 1 << vector
         self._compute_ppr()
 
+    # ---- what the CPU takes, from here or from a PIC ------------------------------------------------
+
+    def has_extint(self) -> bool:
+        """``kvm_cpu_has_extint``: one from the PIC, or from the client when the irqchip is split."""
+        pic = self.chip.pic
+        waiting = pic.output if pic is not None else self.external_vector is not None
+        return waiting and self.accepts_pic_intr()
+
+    def cpu_has_interrupt(self) -> bool:
+        """``kvm_cpu_has_interrupt``."""
+        return self.has_extint() or self.has_interrupt() >= 0
+
+    def cpu_get_interrupt(self) -> int:
+        """``kvm_cpu_get_interrupt``: acknowledge the vector to be taken now; -1: there is none."""
+        if self.has_extint():
+            if self.chip.pic is not None:
+                return self.chip.pic.read_irq()
+            external, self.external_vector = self.external_vector, None
+            return -1 if external is None else external
+        vector = self.has_interrupt()
+        if vector >= 0:
+            self.ack_interrupt(vector)
+        return vector
+
+    def accepts_dm_intr(self) -> bool:
+        """Does a client's KVM_INTERRUPT make sense now: is the PIC its own, and is there a place to wait in?"""
+        return self.chip.pic is None and not self.has_extint() and self.accepts_pic_intr()
+
     def pending_eoi(self, vector: int) -> bool:
         return bool((self.isr | self.irr) >> vector & 1)
 

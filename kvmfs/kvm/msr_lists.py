@@ -6,7 +6,7 @@ Linux: msrs_to_save, emulated_msrs, msr_based_features and msr_io in arch/x86/kv
 
 The lists are true: each MSR in them can be read and written back.  Left out against Linux, because what they
 stand for is absent: PMU, Intel PT, SPEC_CTRL, XFD and UMWAIT; branch records; SMBASE (no SMM);
-Hyper-V's own; TSC_DEADLINE (no in-kernel APIC); VMX capabilities and VIRT_SPEC_CTRL; ARCH_CAPABILITIES on
+Hyper-V's own; VMX capabilities and VIRT_SPEC_CTRL; ARCH_CAPABILITIES on
 AMD, which has none.
 """
 
@@ -57,11 +57,12 @@ KVM_MSRS_LAST = (M.MSR_KVM_POLL_CONTROL,)
 _KVM_LISTED = tuple(index for index in KVM_MSRS if index not in (M.MSR_KVM_ASYNC_PF_INT, M.MSR_KVM_ASYNC_PF_ACK))
 
 EMULATED_MSRS: dict[str, tuple[int, ...]] = {
-    "intel": (*_KVM_LISTED, M.MSR_IA32_TSC_ADJUST, M.MSR_IA32_ARCH_CAPABILITIES, M.MSR_IA32_PERF_CAPABILITIES,
+    "intel": (*_KVM_LISTED, M.MSR_IA32_TSC_ADJUST, M.MSR_IA32_TSC_DEADLINE, M.MSR_IA32_ARCH_CAPABILITIES,
+              M.MSR_IA32_PERF_CAPABILITIES,
               M.MSR_IA32_MISC_ENABLE, M.MSR_IA32_MCG_STATUS, M.MSR_IA32_MCG_CTL, M.MSR_IA32_MCG_EXT_CTL,
               M.MSR_SMI_COUNT, M.MSR_PLATFORM_INFO, M.MSR_MISC_FEATURES_ENABLES, M.MSR_IA32_POWER_CTL,
               M.MSR_IA32_UCODE_REV, M.MSR_K7_HWCR, *KVM_MSRS_LAST),
-    "amd": (*_KVM_LISTED, M.MSR_IA32_TSC_ADJUST, M.MSR_IA32_PERF_CAPABILITIES, M.MSR_IA32_MISC_ENABLE,
+    "amd": (*_KVM_LISTED, M.MSR_IA32_TSC_ADJUST, M.MSR_IA32_TSC_DEADLINE, M.MSR_IA32_PERF_CAPABILITIES, M.MSR_IA32_MISC_ENABLE,
             M.MSR_IA32_MCG_STATUS, M.MSR_IA32_MCG_CTL, M.MSR_SMI_COUNT, M.MSR_PLATFORM_INFO,
             M.MSR_MISC_FEATURES_ENABLES,
             M.MSR_AMD64_TSC_RATIO, M.MSR_IA32_POWER_CTL, M.MSR_IA32_UCODE_REV, M.MSR_K7_HWCR, *KVM_MSRS_LAST),

@@ -31,6 +31,7 @@ from kvmfs.kvm.msr_lists import (
 
 if TYPE_CHECKING:
     from kvmfs.kvm.cpuid import CpuidTable
+    from kvmfs.kvm.lapic import Lapic
 
 M64 = (1 << 64) - 1
 M32 = (1 << 32) - 1
@@ -134,6 +135,7 @@ class MsrFile:
         self.cpuid_mirror_changed: Callable[[], None] = lambda: None     # called when CPUID.MWAIT is to change
         self._policy: MsrPolicy = policy if policy is not None else _DefaultPolicy()
         self._pv = pv
+        self.apic: Lapic | None = None          # where the VM has an irqchip
         self.mcg_cap = KVM_MAX_MCE_BANKS
         self._cpuid, self._cpu = cpuid, cpu
         features = FEATURE_VALUES[vendor]
@@ -161,6 +163,8 @@ class MsrFile:
             return self._read_cpu(index)
         if self._pv is not None and index in PV_MSRS:
             return self._pv.read(index)
+        if index in _APIC_MSRS:
+            return self._read_apic(index)
         if index in _OSVW and not self._cpuid().has(C.X86_FEATURE_OSVW):
             return None
         if not host_initiated and self._hidden(index):
@@ -179,6 +183,12 @@ class MsrFile:
         if index in _SYSENTER and self._truncates_sysenter():
             value &= M32
         return value
+
+    def _read_apic(self, index: int) -> int | None:
+        """The local APIC's, when it is in here: x2APIC registers, the TSC deadline."""
+        if index == M.MSR_IA32_TSC_DEADLINE:
+            return self.apic.timer.read_deadline() if self.apic is not None else 0
+        return self.apic.read_msr(index) if self.apic is not None else None
 
     def _hidden(self, index: int) -> bool:
         """Does the guest's CPUID hide an MSR that its client may read?"""
@@ -221,7 +231,7 @@ class MsrFile:
         if write:
             return index not in _WRITERS
         return (index not in self._values and index not in CPU_STATE_MSRS and index not in _MC_BANKS
-                and index not in _OSVW and index != M.MSR_IA32_MCG_CAP and index not in CONSTANTS)
+                and index not in _OSVW and index not in _APIC_MSRS and index != M.MSR_IA32_MCG_CAP and index not in CONSTANTS)
 
     def _store(self, index: int, value: int, host_initiated: bool) -> bool:
         if index not in self._values:       # another vendor's
@@ -234,6 +244,15 @@ class MsrFile:
 
     def _set_cpu(self, index: int, value: int, host_initiated: bool) -> bool:
         return self._cpu.write(index, value, host_initiated)
+
+    def _set_x2apic(self, index: int, value: int, host_initiated: bool) -> bool:
+        return self.apic is not None and self.apic.write_msr(index, value)
+
+    def _set_tsc_deadline(self, index: int, value: int, host_initiated: bool) -> bool:
+        if self.apic is not None:
+            with self.apic.chip.lock:
+                self.apic.timer.write_deadline(value)
+        return True
 
     def _set_canonical(self, index: int, value: int, host_initiated: bool) -> bool:
         return value == canonical(value) and self._cpu.write(index, value, host_initiated)
@@ -455,6 +474,8 @@ _STUFFED = frozenset((M.MSR_IA32_ARCH_CAPABILITIES, M.MSR_PLATFORM_INFO, M.MSR_I
 # Only one vendor's KVM knows these.
 _VENDORS_OWN = frozenset((M.MSR_IA32_FEAT_CTL, M.MSR_IA32_MCG_EXT_CTL, M.MSR_AMD64_DE_CFG, M.MSR_VM_CR,
                           M.MSR_AMD64_TSC_RATIO))
+_X2APIC = range(M.APIC_BASE_MSR, M.APIC_BASE_MSR + 0x100)
+_APIC_MSRS = frozenset((*_X2APIC, M.MSR_IA32_TSC_DEADLINE))
 _MC_CTL2 = range(M.MSR_IA32_MC0_CTL2, M.MSR_IA32_MC0_CTL2 + KVM_MAX_MCE_BANKS)
 _MC_BANKS = frozenset((*range(M.MSR_IA32_MC0_CTL, M.MSR_IA32_MC0_CTL + 4 * KVM_MAX_MCE_BANKS), *_MC_CTL2))
 
@@ -509,6 +530,8 @@ _WRITERS: dict[int, _Writer] = {
     **dict.fromkeys((M.MSR_IA32_ARCH_CAPABILITIES, M.MSR_SMI_COUNT), MsrFile._store_by_host),
     **dict.fromkeys((M.MSR_IA32_PERF_CAPABILITIES, M.MSR_IA32_PRED_CMD), MsrFile._set_must_be_zero),
     M.MSR_FAM10H_MMIO_CONF_BASE: MsrFile._set_zero,
+    **dict.fromkeys(_X2APIC, MsrFile._set_x2apic),
+    M.MSR_IA32_TSC_DEADLINE: MsrFile._set_tsc_deadline,
     M.MSR_TSC_AUX: MsrFile._set_tsc_aux,
     M.MSR_IA32_APICBASE: MsrFile._set_apic_base,
     M.MSR_IA32_TSC: MsrFile._set_tsc,

@@ -209,7 +209,12 @@ def set_cr8(vcpu: Vcpu, cr8: int) -> bool:
     """``kvm_set_cr8``."""
     if cr8 & CR8_RESERVED_BITS:
         return False
-    vcpu.cpu.cr8 = cr8
+    apic = vcpu.arch.apic
+    if apic is None:
+        vcpu.cpu.cr8 = cr8
+    else:
+        with apic.chip.lock:
+            apic.set_tpr(cr8 << 4)
     return True
 
 
@@ -231,7 +236,9 @@ def set_apic_base(vcpu: Vcpu, value: int) -> bool:
     arch = vcpu.arch
     if not apic_base_valid(arch.apic_base, value, arch.cpuid, host_initiated=True):
         return False
-    if value != arch.apic_base:
+    if arch.apic is not None:
+        arch.apic.set_base(value)
+    elif value != arch.apic_base:
         arch.apic_base, arch.cpuid_changed = value, True
     return True
 

@@ -11,6 +11,7 @@ import errno
 import struct
 import threading
 from collections import deque
+from functools import partial
 from typing import TYPE_CHECKING, TypedDict
 
 from kvmfs.abi import exits as kx
@@ -26,7 +27,7 @@ from kvmfs.cpu.cpu import (
     EXIT_SVM,
 )
 from kvmfs.errors import KvmError
-from kvmfs.kvm import events, guest_debug, kvmclock, msr_filter, sync_regs
+from kvmfs.kvm import events, guest_debug, iodev, irq, kvmclock, msr_filter, sync_regs
 from kvmfs.kvm.cpu_msrs import VcpuMsrs
 from kvmfs.kvm.cpuid import CpuidTable
 from kvmfs.kvm.emulate import bytes_beyond_page, prepare_emulation_failure
@@ -40,7 +41,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from kvmfs.kvm.host import RequestLike
+    from kvmfs.kvm.irq_comm import Irqchip
     from kvmfs.kvm.kvm_main import Vcpu, Vm
+    from kvmfs.kvm.lapic import Lapic
     from kvmfs.kvm.msr_filter import MsrFilter
 
 MP_STATE_RUNNABLE = 0
@@ -88,6 +91,8 @@ class VmArch:
         self.msr_filter: MsrFilter | None = None
         self.hlt_in_guest = False           # KVM_X86_DISABLE_EXITS_HLT
         self.clock = kvmclock.VmClock()
+        self.irqchip: Irqchip | None = None
+        self.x2apic_format = self.x2apic_broadcast_quirk_disabled = False      # KVM_CAP_X2APIC_API
 
 
 class VcpuArch:
@@ -95,6 +100,8 @@ class VcpuArch:
 
     def __init__(self) -> None:
         self.mp_state = MP_STATE_RUNNABLE
+        self.apic: Lapic | None = None      # where the VM has an irqchip
+        self.pv_unhalted = False            # KVM_HC_KICK_CPU
         self.exception = events.QueuedException()
         self.interrupt = events.QueuedInterrupt()
         self.nmi_injected = False
@@ -160,6 +167,7 @@ def vcpu_create(vcpu: Vcpu) -> None:
         arch.apic_base |= 1 << 8
     arch.msrs = MsrFile(vendor.name, lambda: arch.cpuid, VcpuMsrs(vcpu), vcpu.vm.arch, PvMsrs(vcpu))
     arch.msrs.cpuid_mirror_changed = arch.mirror_cpuid
+    irq.create_lapic(vcpu)
     vendor.vcpu_create(vcpu)
     if vcpu.vm.arch.msr_filter is not None:
         msr_filter.msr_filter_changed(vcpu)
@@ -177,6 +185,8 @@ def vcpu_reset(vcpu: Vcpu, *, init_event: bool) -> None:
     """``kvm_vcpu_reset``: the registers after RESET, or after INIT."""
     cpu, arch = vcpu.cpu, vcpu.arch
     old_cr0 = cpu.cr0
+    if arch.apic is not None:
+        arch.apic.reset(init_event=init_event)
     arch.nmi_queued = arch.nmi_pending = 0
     arch.nmi_injected = arch.nmi_window = arch.interrupt.injected = arch.given = False
     arch.exception.clear()
@@ -240,12 +250,15 @@ def _run(vcpu: Vcpu, req: RequestLike) -> int:
     run, arch = vcpu.run, vcpu.arch
     _window, immediate_exit, cr8, valid, dirty = _get_request(run)
     wants_to_run = not immediate_exit
+    apic = arch.apic
+    if apic is not None and arch.mp_state == kx.KVM_MP_STATE_UNINITIALIZED:
+        return _run_uninitialized(vcpu, req, apic)
     if valid or dirty:
         if (valid | dirty) & ~kx.KVM_SYNC_X86_VALID_FIELDS:
             return -errno.EINVAL
         if dirty and sync_regs.sync_regs(vcpu, dirty):
             return -errno.EINVAL
-    if cr8 != vcpu.cpu.cr8:
+    if cr8 != vcpu.cpu.cr8 and apic is None:
         if cr8 & ~0xF:
             return -errno.EINVAL
         vcpu.cpu.cr8 = cr8
@@ -271,12 +284,16 @@ def _run(vcpu: Vcpu, req: RequestLike) -> int:
 
 def _vcpu_run(vcpu: Vcpu, req: RequestLike) -> int:
     run, arch, resumed = vcpu.run, vcpu.arch, vcpu.vm.arch.resumed
+    apic = arch.apic
+    if apic is not None:
+        stop, enter = partial(_must_stop, vcpu, req), partial(_enter_guest, vcpu, run, arch)
     _set_reason(run, _EXIT_REASON, kx.KVM_EXIT_UNKNOWN)
     while True:
         if req.interrupted and signal_pending(vcpu, req):
             _set_reason(run, _EXIT_REASON, kx.KVM_EXIT_INTR)
             return -errno.EINTR
-        result = _enter_guest(vcpu, run, arch)
+        result = (_enter_guest(vcpu, run, arch) if apic is None
+                  else irq.enter_or_block(vcpu, apic, stop, enter))
         if result <= 0:
             return result
         if run[_REQUEST_WINDOW] and events.ready_for_interrupt_injection(vcpu):
@@ -286,6 +303,22 @@ def _vcpu_run(vcpu: Vcpu, req: RequestLike) -> int:
             return -errno.EIO
         if not resumed.is_set():
             _wait_for_resume(vcpu, req)
+
+
+def _must_stop(vcpu: Vcpu, req: RequestLike) -> bool:
+    """Must a vCPU that waits in here be let out?"""
+    return (vcpu.vm.dead or not vcpu.vm.arch.resumed.is_set()
+            or (req.interrupted and signal_pending(vcpu, req)))
+
+
+def _run_uninitialized(vcpu: Vcpu, req: RequestLike, apic: Lapic) -> int:
+    def stop() -> bool:
+        return vcpu.vm.dead or (req.interrupted and signal_pending(vcpu, req))
+
+    if vcpu.sigset is None:
+        return irq.run_uninitialized(vcpu, apic, req, stop)
+    with _SigsetWatch(vcpu, req):
+        return irq.run_uninitialized(vcpu, apic, req, stop)
 
 
 def _enter_guest(vcpu: Vcpu, run: memoryview, arch: VcpuArch) -> int:
@@ -310,7 +343,7 @@ def _enter_guest(vcpu: Vcpu, run: memoryview, arch: VcpuArch) -> int:
             _set_fail(run, _UNION, reason, 0)
             return 0
         arch.entry_check = False
-    if run[_REQUEST_WINDOW]:
+    if run[_REQUEST_WINDOW] and (arch.apic is None or arch.apic.accepts_dm_intr()):
         cpu.set_interrupt_window(True)
     if arch.guest_debug:
         vcpu.vm.vendor.prepare_debugged_entry(vcpu)
@@ -334,6 +367,9 @@ def _post_run_save(vcpu: Vcpu) -> None:
     arch = vcpu.arch
     allowed, if_flag, cr8 = vcpu.cpu.run_state()
     ready = allowed and not events.needs_reinjection(vcpu) and not arch.exception.pending
+    apic = arch.apic
+    if apic is not None:
+        ready = apic.chip.pic is not None or (ready and apic.accepts_dm_intr())
     _set_saved(vcpu.run, _READY, ready, if_flag, 0, cr8, arch.apic_base)
 
 
@@ -399,6 +435,10 @@ def _exit_svm(vcpu: Vcpu) -> int:
 
 def _exit_io_in(vcpu: Vcpu) -> int:
     port, size, count, _string = vcpu.cpu.io_exit()
+    if vcpu.vm.pio_bus.readable:
+        data = iodev.read_ports(vcpu, port, size, count)
+        if data is not None:
+            return _further(vcpu, vcpu.cpu.complete_io_in(data))
     _set_io_exit(vcpu.run, _EXIT_REASON, kx.KVM_EXIT_IO, kx.KVM_EXIT_IO_IN, size, port, count, PIO_DATA)
     vcpu.arch.complete_userspace_io = _complete_io_in
     return 0
@@ -448,6 +488,10 @@ def _exit_mmio_read(vcpu: Vcpu) -> int:
     if vcpu.vm.memslots.find(e.gpa) is not None:
         vcpu.cpu.forget_io()
         return -errno.EFAULT                    # a slot whose memory the client has not mapped
+    if arch.apic is not None or vcpu.vm.mmio_bus.readable:
+        data = iodev.read_mmio(vcpu, e.gpa, e.size)
+        if data is not None:
+            return _further(vcpu, vcpu.cpu.complete_mmio_read(data))
     size = bytes_beyond_page(vcpu, e.size) if e.info1 else e.size
     _set_reason(run, _EXIT_REASON, kx.KVM_EXIT_MMIO)
     _set_mmio(run, _UNION, e.gpa, bytes(8), size, 0)
@@ -475,7 +519,8 @@ def _exit_mmio_write(vcpu: Vcpu) -> int:
         cpu.forget_io()
         return -errno.EFAULT
     data = bytes(cpu.data[:e.size])
-    if vcpu.vm.mmio_bus.ranges and vcpu.vm.mmio_bus.write(vcpu, e.gpa, data):
+    if (arch.apic is not None and arch.apic.write(vcpu, e.gpa, data)) or (
+            vcpu.vm.mmio_bus.ranges and vcpu.vm.mmio_bus.write(vcpu, e.gpa, data)):
         return _next_fragment(vcpu)
     _set_reason(run, _EXIT_REASON, kx.KVM_EXIT_MMIO)
     _set_mmio(run, _UNION, e.gpa, data, e.size, 1)

@@ -15,7 +15,7 @@ from kvmfs.abi import exits as kx
 from kvmfs.abi.cpuid import X86_FEATURE_MWAIT
 from kvmfs.abi.flags import KVM_X86_QUIRK_MWAIT_NEVER_UD_FAULTS
 from kvmfs.abi.x86 import CR4_OSXSAVE
-from kvmfs.kvm import events, msr_filter, regs, xsave
+from kvmfs.kvm import events, irq, msr_filter, regs, xsave
 from kvmfs.kvm.emulate import (
     complete_insn_gp,
     decode,
@@ -51,6 +51,9 @@ def _window(vcpu: Vcpu) -> int:
 
 def _hlt(vcpu: Vcpu) -> int:
     result = skip_emulated_instruction(vcpu, 1)
+    if vcpu.arch.apic is not None:
+        irq.emulate_halt(vcpu, vcpu.arch.apic)
+        return result
     if vcpu.vm.arch.hlt_in_guest:
         if result > 0:
             vcpu.halt()
@@ -138,7 +141,7 @@ def _wrote_cr8(vcpu: Vcpu, length: int) -> int:
     result = skip_emulated_instruction(vcpu, length)
     lowered = vcpu.arch.cr8_before > vcpu.cpu.cr8
     vcpu.arch.cr8_before = vcpu.cpu.cr8
-    if not lowered:
+    if not lowered or vcpu.arch.apic is not None:
         return result
     _set_reason(vcpu.run, 8, kx.KVM_EXIT_SET_TPR)
     return 0

@@ -89,6 +89,7 @@ class Machine:
         self.vm = Vm(vendor.load(name), self.host)
         self.dispatch = VmDispatcher(self.vm)
         self.region(0, 0, 0, RAM, 0)
+        self.prepare()
         assert self.ioctl(VM_INODE, K.KVM_CREATE_VCPU) == (VCPU_INODE, b"")
         self.vcpu = self.vm.vcpus[0]
         self.run_page = self.vcpu.run
@@ -99,6 +100,9 @@ class Machine:
             sregs.cs.base, sregs.cs.selector = 0, 0
             self.set_sregs(sregs)
             self.set_regs(rip=CODE, rsp=0x7000, **registers)
+
+    def prepare(self):
+        """What a VM gets before its first vCPU."""
 
     def close(self):
         self.vm.destroy()

@@ -76,7 +76,8 @@ def test_check_extension(kvm):
     assert check(K.KVM_CAP_MAX_VCPUS) == 1024
     assert check(K.KVM_CAP_MAX_VCPU_ID) == 4096
     assert check(K.KVM_CAP_NR_VCPUS) >= 1
-    assert check(K.KVM_CAP_IRQCHIP) == 0
+    assert check(K.KVM_CAP_IRQCHIP) == 1
+    assert check(K.KVM_CAP_IRQ_ROUTING) == 4096
     for unknown in (5, 1000, 1 << 31, (1 << 32) + K.KVM_CAP_USER_MEMORY, (1 << 64) - 1):
         assert check(unknown) == 0
     for cap in range(300):

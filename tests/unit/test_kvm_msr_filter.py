@@ -142,9 +142,9 @@ def test_reasons(machine, vendor):
 @BOTH
 def test_client_and_x2apic_are_not_filtered(machine, vendor):
     m = machine(vendor, RDMSR.format(msr=0x801))
-    enable(m, C.KVM_CAP_X86_USER_SPACE_MSR, kx.KVM_MSR_EXIT_REASON_FILTER | kx.KVM_MSR_EXIT_REASON_UNKNOWN)
+    enable(m, C.KVM_CAP_X86_USER_SPACE_MSR, kx.KVM_MSR_EXIT_REASON_FILTER | kx.KVM_MSR_EXIT_REASON_INVAL)
     assert set_filter(m, F.KVM_MSR_FILTER_DEFAULT_DENY, (READ, 0x10, 1, b"\0")) == 0
-    assert (m.run(), msr_exit(m)[1]) == (0, kx.KVM_MSR_EXIT_REASON_UNKNOWN)
+    assert (m.run(), msr_exit(m)[1]) == (0, kx.KVM_MSR_EXIT_REASON_INVAL)
     m.host.memory.write(ARG, struct.pack("<IIIIQ", 1, 0, M.MSR_IA32_CR_PAT, 0, 0))
     assert m.vcpu_ioctl(K.KVM_GET_MSRS, ARG, struct.pack("<II", 1, 0))[0] == 1
 

@@ -133,8 +133,7 @@ def test_vendors_own():
 
 @pytest.mark.parametrize("index",
                          [0x12345, M.MSR_IA32_SMBASE, M.MSR_IA32_SPEC_CTRL, M.MSR_KVM_MIGRATION_CONTROL,
-                                   M.MSR_CORE_PERF_GLOBAL_CTRL, M.MSR_IA32_VMX_BASIC, 0x800, 0x40000000,
-                                   M.MSR_IA32_TSC_DEADLINE])
+                                   M.MSR_CORE_PERF_GLOBAL_CTRL, M.MSR_IA32_VMX_BASIC, 0x800, 0x40000000])
 def test_unknown_msrs(msrs, index):
     for who in (HOST, GUEST):
         assert msrs.get(index, **who) is None
@@ -180,7 +179,7 @@ def test_tsc_aux():
     (0xFEE00900, 0xFEE00800, True, True),
     (0xFEE00900, 0x100, True, True),                # off
     (0xFEE00900, 0xFEE00400, False, False),         # x2APIC without enable
-    (0xFEE00900, 0xFEE00D00, False, False),         # x2APIC, which the guest's CPUID has not
+    (0xFEE00900, 0xFEE00D00, True, True),           # x2APIC
     (0xFEE00900, 0xFEE00901, False, False),
     (0xFEE00900, 1 << 40 | 0x900, False, False),    # beyond 40 bits
     (0xFEE00900, 1 << 39 | 0x900, True, True),
@@ -203,6 +202,7 @@ def test_x2apic_transitions():
                             (x2apic, off, True)):
         assert apic_base_valid(old, new, table, False) is guest
         assert apic_base_valid(old, new, table, True)
+    assert not apic_base_valid(xapic, x2apic, CpuidTable([CpuidEntry(1)]), True)     # not in the guest's CPUID
 
 
 # ---- time --------------------------------------------------------------------------------------------------
