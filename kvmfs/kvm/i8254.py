@@ -152,10 +152,10 @@ class Pit:
         chip = self._chip
         if reinject:
             self._reset_reinject()
-            chip.ack_notifiers.setdefault(PIT_GSI, []).append(self._acked)
+            chip.add_ack_notifier(PIT_GSI, self._acked)
             chip.mask_notifiers.setdefault(PIT_GSI, []).append(self._mask_changed)
         else:
-            chip.ack_notifiers[PIT_GSI].remove(self._acked)
+            chip.remove_ack_notifier(PIT_GSI, self._acked)
             chip.mask_notifiers[PIT_GSI].remove(self._mask_changed)
         self._reinject = reinject
 

@@ -136,6 +136,17 @@ class Irqchip:
                 self.ioapic.clear_all(source)
                 self.pic.clear_all(source)
 
+    def add_ack_notifier(self, gsi: int, notify: Callable[[], None]) -> None:
+        """``kvm_register_irq_ack_notifier``."""
+        with self.lock:
+            self.ack_notifiers.setdefault(gsi, []).append(notify)
+            self.request_scan()
+
+    def remove_ack_notifier(self, gsi: int, notify: Callable[[], None]) -> None:
+        with self.lock:
+            self.ack_notifiers[gsi].remove(notify)
+            self.request_scan()
+
     def notify_acked(self, irqchip: int, pin: int) -> None:
         """``kvm_notify_acked_irq``."""
         gsi = self.routing.gsi_of.get((irqchip, pin))
