@@ -3,38 +3,23 @@
 
 from __future__ import annotations
 
-import logging
-import time
 from typing import TYPE_CHECKING
 
 from kvmfs.abi import apic as A
-from kvmfs.kvm.hrtimer import NSEC_PER_SEC, HrTimer, now_ns
+from kvmfs.kvm.hrtimer import HrTimer, now_ns
+from kvmfs.kvm.tsc import tsc_khz
 
 if TYPE_CHECKING:
     from kvmfs.cpu.cpu import Cpu
     from kvmfs.kvm.lapic_core import LapicCore
 
 MIN_TIMER_PERIOD = 200_000      # kvm.min_timer_period_us, in ns
-CALIBRATION_NS = 10_000_000
 _M64 = (1 << 64) - 1
-log = logging.getLogger("kvmfs.lapic")
 
 
-class TscClock:
-    """The host's TSC against CLOCK_MONOTONIC; the longer it has been watched, the more exact."""
-
-    def __init__(self, cpu: Cpu) -> None:
-        self._cpu = cpu
-        self._start = (cpu.host_tsc(), now_ns())
-
-    def to_ns(self, ticks: int) -> int:
-        """How long ``ticks`` of the TSC are."""
-        tsc, start = self._start
-        elapsed = now_ns() - start
-        if elapsed < CALIBRATION_NS:
-            time.sleep((CALIBRATION_NS - elapsed) / NSEC_PER_SEC)
-        now = now_ns()
-        return ticks * (now - start) // max(self._cpu.host_tsc() - tsc, 1)
+def tsc_to_ns(ticks: int) -> int:
+    """How long ``ticks`` of the TSC are."""
+    return ticks * 1_000_000 // tsc_khz()
 
 
 class LapicTimer:
@@ -42,7 +27,6 @@ class LapicTimer:
 
     def __init__(self, apic: LapicCore, cpu: Cpu) -> None:
         self._apic, self._cpu = apic, cpu
-        self._clock = TscClock(cpu)
         self._timer = HrTimer(apic.chip.timers, self._fired)
         self.mode = A.APIC_LVT_TIMER_ONESHOT
         self.mode_mask = 0                      # which modes the guest's CPUID has
@@ -183,7 +167,7 @@ class LapicTimer:
         if self.tscdeadline > guest:
             left = self.tscdeadline - guest
             self._host_deadline = self._cpu.host_tsc() + left
-            self._timer.start(min(now_ns() + self._clock.to_ns(left), 1 << 62))
+            self._timer.start(min(now_ns() + tsc_to_ns(left), 1 << 62))
         else:
             self._expired()
 
@@ -195,7 +179,7 @@ class LapicTimer:
         if self.deadline_mode:
             left = self._host_deadline - self._cpu.host_tsc()
             if left > 0:                    # by the clock it is time, by the TSC not yet
-                return now_ns() + self._clock.to_ns(left) + 1
+                return now_ns() + tsc_to_ns(left) + 1
         self._expired()
         if self.periodic and self.period:
             self._advance()
