@@ -194,7 +194,8 @@ def check_and_inject_events(vcpu: Vcpu) -> None:
             from kvmfs.kvm import regs  # which imports this module
 
             regs.set_rflags(vcpu, regs.get_rflags(vcpu) | X86_EFLAGS_RF)
-            arch.event_request = False
+            if arch.apic is None:               # otherwise somebody else may have asked meanwhile
+                arch.event_request = False
         deliver_exception_payload(vcpu)
         if ex.vector == DB_VECTOR and cpu.dr(7) & DR7_GD:
             from kvmfs.kvm import guest_debug
@@ -212,7 +213,7 @@ def check_and_inject_events(vcpu: Vcpu) -> None:
             arch.nmi_pending -= 1
             arch.nmi_injected = True
             can_inject = False
-    if arch.apic is not None:
+    if arch.apic is not None and not arch.guest_debug & kx.KVM_GUESTDBG_BLOCKIRQ:
         _inject_from_controllers(vcpu, arch.apic, can_inject)
     arch.given = ex.injected or arch.nmi_injected or arch.interrupt.injected or arch.nmi_window
 
