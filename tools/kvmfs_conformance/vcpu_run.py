@@ -18,6 +18,7 @@ from .wire import PAGE, Memory
 
 VM, VCPU = Level.VM, Level.VCPU
 EXIT_IO, EXIT_DEBUG, EXIT_HLT, EXIT_MMIO, EXIT_IRQ_WINDOW, EXIT_SHUTDOWN, EXIT_INTR = 2, 4, 5, 6, 7, 8, 10
+EXIT_INTERNAL_ERROR, EXIT_RDMSR, EXIT_WRMSR = 17, 29, 30
 
 
 @case("KVM_RUN", VCPU, "what is refused")
@@ -84,7 +85,8 @@ def real_mode(t: Trial, code: bytes, *, start: int = 0x1000) -> tuple[KvmRun, Me
     return t.kvm_run(t.vcpu), memory
 
 
-def _regs(t: Trial) -> KvmRegs:
+def registers(t: Trial) -> KvmRegs:
+    """KVM_GET_REGS."""
     regs = KvmRegs()
     t.need("registers", t.ioctl(t.vcpu, "KVM_GET_REGS", regs))
     return regs
@@ -95,10 +97,10 @@ def hlt(t: Trial) -> None:
     run, _ = real_mode(t, b"\xb8\x34\x12\xf4\xf4")                 # mov $0x1234,%ax; hlt; hlt
     t.ok("run", t.ioctl(t.vcpu, "KVM_RUN"))
     t.equal("exit", run.exit_reason, EXIT_HLT)
-    regs = _regs(t)
+    regs = registers(t)
     t.equal("rax and rip", (regs.rax, regs.rip), (0x1234, 0x1004))
     t.ok("again", t.ioctl(t.vcpu, "KVM_RUN"))
-    t.equal("rip after the second", (run.exit_reason, _regs(t).rip), (EXIT_HLT, 0x1005))
+    t.equal("rip after the second", (run.exit_reason, registers(t).rip), (EXIT_HLT, 0x1005))
 
 
 @case("KVM_RUN", VCPU, "ports", guest=True)
@@ -112,7 +114,7 @@ def ports(t: Trial) -> None:
     t.equal("IN", (run.exit_reason, run.io.direction, run.io.size, run.io.port, run.io.count), (EXIT_IO, 0, 1, 0x43, 1))
     ctypes.memset(at + run.io.data_offset, 0x77, 1)
     t.ok("run", t.ioctl(t.vcpu, "KVM_RUN"))
-    t.equal("the byte arrived", (run.exit_reason, _regs(t).rax & 0xFF), (EXIT_HLT, 0x77))
+    t.equal("the byte arrived", (run.exit_reason, registers(t).rax & 0xFF), (EXIT_HLT, 0x77))
 
 
 @case("KVM_RUN", VCPU, "mmio", guest=True)
@@ -126,7 +128,7 @@ def mmio(t: Trial) -> None:
     t.equal("load", (run.exit_reason, run.mmio.phys_addr, run.mmio.len, run.mmio.is_write), (EXIT_MMIO, 0x20001, 1, 0))
     run.mmio.data[0] = 0x33
     t.ok("run", t.ioctl(t.vcpu, "KVM_RUN"))
-    t.equal("the byte arrived", (run.exit_reason, _regs(t).rax & 0xFF), (EXIT_HLT, 0x33))
+    t.equal("the byte arrived", (run.exit_reason, registers(t).rax & 0xFF), (EXIT_HLT, 0x33))
 
 
 @case("KVM_RUN", VCPU, "shutdown", guest=True)
@@ -161,7 +163,7 @@ def interrupt(t: Trial) -> None:
     run.request_interrupt_window = 0
     t.ok("queue", t.ioctl(t.vcpu, "KVM_INTERRUPT", KvmInterrupt(irq=0x21)))
     t.ok("run", t.ioctl(t.vcpu, "KVM_RUN"))
-    t.equal("the handler ran", (run.exit_reason, _regs(t).rcx), (EXIT_HLT, 7))
+    t.equal("the handler ran", (run.exit_reason, registers(t).rcx), (EXIT_HLT, 7))
 
 
 @case("KVM_SET_CPUID2", VCPU, "after the guest ran", "EXT_CPUID", guest=True)
