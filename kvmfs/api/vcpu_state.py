@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from kvmfs.abi.structs import KvmDebugregs, KvmGuestDebug, KvmSregs2, KvmXcrs
 from kvmfs.errors import KvmError
-from kvmfs.kvm import debugregs, guest_debug, mmu, regs, xsave
+from kvmfs.kvm import debugregs, guest_debug, mmu, regs, vapic, xsave
 
 if TYPE_CHECKING:
     from kvmfs.kvm.host import RequestLike
@@ -93,5 +93,8 @@ def tpr_access_reporting(vcpu: Vcpu, req: RequestLike) -> bytes:
 
 
 def set_vapic_addr(vcpu: Vcpu, req: RequestLike) -> int:
-    """KVM_SET_VAPIC_ADDR.  EINVAL: the APIC is the client's."""
-    raise KvmError(errno.EINVAL)
+    """KVM_SET_VAPIC_ADDR.  EINVAL: the APIC is the client's, or there is no memory."""
+    if vcpu.arch.apic is None:
+        raise KvmError(errno.EINVAL)
+    vapic.set_address(vcpu, int.from_bytes(req.data[:8], "little"))
+    return 0

@@ -27,7 +27,7 @@ from kvmfs.cpu.cpu import (
     EXIT_SVM,
 )
 from kvmfs.errors import KvmError
-from kvmfs.kvm import events, guest_debug, iodev, irq, kvmclock, msr_filter, sync_regs
+from kvmfs.kvm import events, guest_debug, iodev, irq, kvmclock, msr_filter, sync_regs, vapic
 from kvmfs.kvm.cpu_msrs import VcpuMsrs
 from kvmfs.kvm.cpuid import CpuidTable
 from kvmfs.kvm.emulate import bytes_beyond_page, prepare_emulation_failure
@@ -113,6 +113,7 @@ class VcpuArch:
         self.entry_check = True             # a client changed state: is it one that can be entered?
         self.cpuid_changed = True
         self.apic_base = APIC_BASE_RESET
+        self.vapic_addr = 0                 # of the client's virtual APIC word, 0: none
         self.cr8_before = 0                 # to see the guest lower it
         self.complete_userspace_io: Callable[[Vcpu], int] | None = None
         self.pio_linear_rip: int | None = None  # where the guest was, once the client changes registers
@@ -347,9 +348,13 @@ def _enter_guest(vcpu: Vcpu, run: memoryview, arch: VcpuArch) -> int:
         cpu.set_interrupt_window(True)
     if arch.guest_debug:
         vcpu.vm.vendor.prepare_debugged_entry(vcpu)
+    if arch.vapic_addr:
+        vapic.sync_to_guest(vcpu)
     kind = cpu.run()
     if arch.given:
         events.complete_events(vcpu)
+    if arch.vapic_addr:
+        vapic.sync_from_guest(vcpu)
     return _HANDLERS[kind](vcpu)
 
 

@@ -11,7 +11,7 @@ from kvmfs.abi import caps as C
 from kvmfs.abi import exits as kx
 from kvmfs.abi import ioctls as K
 from kvmfs.abi.structs import KvmIoapicState, KvmIrqchip, KvmPicState, KvmVcpuEvents
-from kvmfs.kvm import irq
+from kvmfs.kvm import irq, vapic
 from kvmfs.kvm.irq_comm import Irqchip
 from kvmfs.kvm.kvm_main import VM_INODE
 from tests.unit.fake_client import ARG
@@ -537,3 +537,24 @@ def test_suspend_and_destroy_let_a_halted_vcpu_out(machine, vendor):
     assert running.wait() == -errno.EIO
     m.vm.dead = False
     assert m.vcpu_of(0, K.KVM_GET_REGS)[0] == 0
+
+
+@BOTH
+def test_virtual_apic_word(machine, vendor):
+    """KVM_SET_VAPIC_ADDR: the guest finds its priorities in its own memory and sets its task priority there."""
+    m = machine(vendor)
+
+    def set_address(gpa):
+        return m.vcpu_ioctl(K.KVM_SET_VAPIC_ADDR, 1, struct.pack("<Q", gpa))[0]
+
+    assert set_address(0x40000000) == -errno.EINVAL
+    assert set_address(0x3000) == 0
+    m.write(0x3000, b"\x20\0\0\0")
+    assert m.vcpu.arch.vapic_addr == 0x3000
+    vapic.sync_from_guest(m.vcpu)
+    assert m.vcpu.arch.apic.reg(0x80) == 0x20
+    m.vcpu.arch.apic.irr = 1 << 0x41
+    vapic.sync_to_guest(m.vcpu)
+    assert m.read(0x3000, 4) == b"\x20\0\0\x41"
+    m.vcpu.arch.apic.irr = 0
+    assert set_address(0) == 0
