@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 PYTHON := .venv/bin/python
 
-.PHONY: all setup clients run test clean
+.PHONY: all setup clients run boot test clean
 
 all: setup clients
 
@@ -15,6 +15,10 @@ clients:
 # A C client of ours on the fake node.
 run: setup clients
 	.venv/bin/kvmfs run -- build/hello
+
+# Unmodified QEMU boots Linux on the fake node, both vendors, beside -accel tcg.
+boot: setup
+	tools/boot.sh
 
 test: setup clients
 	.venv/bin/ruff check .
