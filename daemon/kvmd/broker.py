@@ -209,6 +209,8 @@ class Broker:
 
     def _serve(self, message: Message) -> None:
         handlers = {"graft": self._graft, "guest_memory": self._guest_memory, "eventfd": self._eventfd}
+        if message.op != "graft":
+            message.close()         # nothing else comes with descriptors, and they may be the connection's
         handler = handlers.get(message.op)
         if handler is None:
             raise LinkError(f"unknown request {message.op!r:.40}")
@@ -274,7 +276,17 @@ class Broker:
             os.close(fd)
 
     def _register_backing(self, message: Message) -> int:
-        """Make the worker's memfd the backing file of a vCPU; returns the backing id (0: no passthrough)."""
+        """Make the worker's memfd the backing file of a vCPU; returns the backing id (0: no passthrough).
+
+        Both descriptors are closed when this returns.  As long as anybody holds the connection's /dev/fuse it
+        outlives its worker, and who waits for the worker then, be it this process, waits for ever.
+        """
+        try:
+            return self._checked_backing(message)
+        finally:
+            message.close()
+
+    def _checked_backing(self, message: Message) -> int:
         if len(message.fds) != 2:
             raise LinkError("graft: kvm_run takes two descriptors")
         if not self._passthrough:
