@@ -32,8 +32,9 @@ PATIENCE = 10.0         # seconds that a worker may take for its part of an exch
 FUSE_DEVICE = os.makedev(10, 229)
 MAX_TID = (1 << 31) - 1
 PAGE_SIZE = 4096
+MAX_ADDRESS = (1 << 64) - 1     # of what a client passes; its memory says whether that is one
 TASK_SIZE = 1 << 47
-FILE_NAME = r"(kvm-[a-z]{1,16}|anon_inode:[a-z-]{1,16})(:[0-9]{1,10})?(:[a-z]{1,16})?"
+FILE_NAME = r"(kvm-[a-z]{1,16}(-stats)?|anon_inode:[a-z-]{1,16})(:[0-9]{1,10})?(:[a-z]{1,16})?"
 
 SYS_OPENAT2 = 437
 RESOLVE_NO_XDEV, RESOLVE_NO_MAGICLINKS, RESOLVE_NO_SYMLINKS, RESOLVE_BENEATH = 0x01, 0x02, 0x04, 0x08
@@ -46,7 +47,8 @@ def open_on_mount(mount: int, name: str) -> int:
 
     Raises OSError; EIO when it is something else.
     """
-    how = (ctypes.c_uint64 * 3)(os.O_RDWR | os.O_CLOEXEC | os.O_NOCTTY, 0,
+    access = os.O_RDONLY if "-stats" in name else os.O_RDWR
+    how = (ctypes.c_uint64 * 3)(access | os.O_CLOEXEC | os.O_NOCTTY, 0,
                                 RESOLVE_NO_XDEV | RESOLVE_NO_MAGICLINKS | RESOLVE_NO_SYMLINKS | RESOLVE_BENEATH)
     fd = int(_libc.syscall(SYS_OPENAT2, mount, ctypes.c_char_p(name.encode()), how, ctypes.c_size_t(24)))
     if fd < 0:
@@ -250,6 +252,7 @@ class Broker:
         """Open a file of the VM's mount in the client: seized -> (the worker answers the ioctl) -> done."""
         tid = self._client_thread(message)
         name = message.text("name", FILE_NAME)
+        store = message.integer("store", 0, MAX_ADDRESS) if "store" in message.body else None
         backing = self._register_backing(message) if message.fds else 0
         thread = Thread.seize(tid, tgid=self.process.tgid, timeout=PATIENCE)
         try:
@@ -257,6 +260,9 @@ class Broker:
             thread.arrive()
             try:
                 result = self._graft_file(thread, name)
+                if store is not None:
+                    self.process.memory.write(store, result.to_bytes(4, "little"))
+                    result = 0
             except ClientGoneError:
                 raise
             except OSError as error:

@@ -119,10 +119,17 @@ class WorkerHost:
             raise OSError(message.integer("errno", 1, 4095), str(message.body.get("text", "")))
         return message.expect(*ops)
 
-    def graft(self, req: RequestLike, name: str, inode: int, kvm_run: int | None) -> int:
+    @property
+    def creator(self) -> int:
+        """The thread that created the VM."""
+        return self.process.tid
+
+    def graft(self, req: RequestLike, name: str, inode: int, kvm_run: int | None, *,
+              content: Callable[[], bytes] | None = None, store: int | None = None) -> int:
         """Open the file ``name`` of the VM's mount in the client; ``req`` is answered with its number.
 
-        ``kvm_run`` is the memfd that the client's mmap of the file shows.  Raises OSError when nothing was
+        ``kvm_run`` is the memfd that the client's mmap of the file shows, ``content`` what it reads, ``store`` where the
+        number goes instead of being the result (see kvmfs.kvm.host).  Raises OSError when nothing was
         opened; ``req`` is then answered with that errno.
         """
         channel, operations = self._channel, self._operations
@@ -130,7 +137,7 @@ class WorkerHost:
             raise OSError(errno.EIO, "the channel is not there yet")
         fds = [kvm_run, self._fuse] if kvm_run is not None and self.passthrough else []
         size = 0 if kvm_run is None else os.fstat(kvm_run).st_size
-        answered = False
+        answered, known = False, operations.has_node(inode)
 
         def add(backing: int) -> None:
             page = None
@@ -139,14 +146,17 @@ class WorkerHost:
             elif kvm_run is not None:
                 page = bytearray(size)
                 self._copies(inode)
-            operations.add_node(inode, name, mode=VM_FILE_MODE, uid=self.uid, gid=self.gid, size=size, data=page)
+            if not known:
+                operations.add_node(inode, name, mode=VM_FILE_MODE, uid=self.uid, gid=self.gid, size=size, data=page,
+                                    content=content)
 
         if isinstance(req, RelayedRequest):
             add(req.register(name, fds))
             return 0
         with self._lock:
             try:
-                self._link.send("graft", fds, tid=req.tid, name=name)
+                where = {} if store is None else {"store": store}
+                self._link.send("graft", fds, tid=req.tid, name=name, **where)
                 with self._receive("seized") as seized:
                     add(seized.integer("backing", 0, (1 << 31) - 1))
                 req.reply(0)
@@ -157,8 +167,9 @@ class WorkerHost:
                     raise OSError(-result, os.strerror(-result), name)
                 return result
             except OSError as error:
-                with contextlib.suppress(LookupError):
-                    operations.remove_node(inode)
+                if not known:
+                    with contextlib.suppress(LookupError):
+                        operations.remove_node(inode)
                 if not answered:
                     req.reply(-(error.errno or errno.EIO))
                 raise

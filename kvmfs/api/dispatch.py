@@ -16,7 +16,7 @@ from kvmfs.abi.ioctls import TABLE, Level
 from kvmfs.api import system, vcpu, vm
 from kvmfs.errors import KvmError
 from kvmfs.kvm import x86
-from kvmfs.kvm.kvm_main import VCPU_INODE, VM_INODE
+from kvmfs.kvm.kvm_main import VCPU_INODE, VCPU_STATS_INODE, VM_INODE, VM_STATS_INODE
 
 if TYPE_CHECKING:
     from kvmfs.kvm.host import RequestLike
@@ -70,11 +70,14 @@ class VmDispatcher:
         """
         vm_ = self._vm
         if req.tid not in self._tids:
-            self._admit(req.tid)
+            self._admit(req.tid, req.nodeid)
         if vm_.dead:
             raise KvmError(errno.EIO)
         if req.nodeid >= VCPU_INODE:
-            v = vm_.vcpus[req.nodeid - VCPU_INODE]
+            try:
+                v = vm_.vcpus[req.nodeid - VCPU_INODE]
+            except IndexError:                  # statistics, which have no ioctl
+                raise KvmError(errno.ENOTTY) from None
             mutex = v.mutex                     # kvm_vcpu_ioctl: every one of them waits for it
             if not mutex.acquire(False):
                 vm_.host.may_block()
@@ -97,14 +100,15 @@ class VmDispatcher:
             raise KvmError(errno.ENOTTY)
         return handler(vm_, req)
 
-    def _admit(self, tid: int) -> None:
+    def _admit(self, tid: int, nodeid: int) -> None:
         if not self._vm.host.owns(tid):
-            raise KvmError(errno.EIO)
+            stats = nodeid == VM_STATS_INODE or nodeid >= VCPU_STATS_INODE
+            raise KvmError(errno.ENOTTY if stats else errno.EIO)
         if len(self._tids) > 4096:      # thread ids of the dead; asking again costs little
             self._tids.clear()
         self._tids.add(tid)
 
     def interrupt(self, req: RequestLike) -> None:
         """The client's thread has a signal while ``req`` is being served."""
-        if req.cmd == KVM_RUN and req.nodeid >= VCPU_INODE:
+        if req.cmd == KVM_RUN and VCPU_INODE <= req.nodeid < VCPU_STATS_INODE:
             self._vm.vcpus[req.nodeid - VCPU_INODE].kick()

@@ -11,6 +11,7 @@ import struct
 from typing import TYPE_CHECKING
 
 from kvmfs.abi.structs import KvmFpu, KvmSregs, KvmVcpuEvents
+from kvmfs.api.stats import vcpu_stats_fd as get_stats_fd  # noqa: F401 (a handler)
 from kvmfs.api.vcpu_caps import enable_cap  # noqa: F401 (a handler)
 from kvmfs.api.vcpu_clock import (  # noqa: F401 (handlers)
     get_device_attr,

@@ -5,7 +5,8 @@ The nodes are regular files to stat(2): for an inode of type S_IFCHR the kernel 
 instead. Most are opened with direct_io: read(2) and write(2) reach us and get EINVAL, as from the real node,
 and a shared mmap gets ENODEV from the kernel. A node with `data` (the fallback for a vCPU's kvm_run page
 where there is no passthrough) is opened through the page cache, so that it can be mapped; its bytearray is
-what the cache is filled from and written back to.
+what the cache is filled from and written back to. A node with `content` is read only: each read(2) shows what
+that function returns just then.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ class Node:
     gid: int
     size: int
     data: bytearray | None
+    content: Callable[[], bytes] | None = None
 
 
 class NodeOperations(pyfuse3.Operations):
@@ -82,7 +84,7 @@ class NodeOperations(pyfuse3.Operations):
 
     def add_node(
         self, inode: int, name: str, *, mode: int = 0o600, uid: int = 0, gid: int = 0, size: int = 0,
-        data: bytearray | None = None,
+        data: bytearray | None = None, content: Callable[[], bytes] | None = None,
     ) -> None:
         """Add a file *name* to the directory.
 
@@ -95,7 +97,7 @@ class NodeOperations(pyfuse3.Operations):
             raise ValueError(f"inode {inode} or name {name!r} is in use")
         if inode <= ROOT or not 0 < len(raw) <= _NAME_MAX or b"/" in raw or b"\0" in raw:
             raise ValueError(f"inode {inode} with name {name!r} cannot be")
-        node = Node(inode, name, stat.S_IFREG | mode & 0o7777, uid, gid, size if data is None else len(data), data)
+        node = Node(inode, name, stat.S_IFREG | mode & 0o7777, uid, gid, size if data is None else len(data), data, content)
         self._nodes[inode] = node
         self._names[raw] = node
 
@@ -106,6 +108,10 @@ class NodeOperations(pyfuse3.Operations):
             raise KeyError(inode)
         self._names.pop(node.name.encode())
         del self._nodes[inode]
+
+    def has_node(self, inode: int) -> bool:
+        """Is there a file of that inode in the directory?"""
+        return inode in self._nodes
 
     def _node(self, inode: int) -> Node:
         node = self._nodes.get(inode)
@@ -217,6 +223,8 @@ class NodeOperations(pyfuse3.Operations):
 
     async def read(self, fh: FileHandleT, off: int, size: int) -> bytes:
         node = self._files.get(fh)
+        if node is not None and node.content is not None:
+            return node.content()[off : off + size]
         if node is None or node.data is None:
             raise FUSEError(errno.EINVAL)
         return bytes(node.data[off : off + size])

@@ -151,6 +151,8 @@ def prepare_emulation_failure(vcpu: Vcpu) -> int:
     kvm_run.emulation_failure: flags, the instruction's size and its bytes where they could be read, then five
     words about the exit (``prepare_emulation_failure_exit``; api.rst, KVM_EXIT_INTERNAL_ERROR).
     """
+    vcpu.arch.stat.insn_emulation += 1
+    vcpu.arch.stat.insn_emulation_fail += 1
     if not vcpu.vm.arch.exit_on_emulation_error:
         events.inject_ud(vcpu)
         if vcpu.vm.vendor.get_cpl(vcpu) != 0:

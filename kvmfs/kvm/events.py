@@ -186,6 +186,7 @@ def check_and_inject_events(vcpu: Vcpu) -> None:
         pass                    # it is given below, before anything else
     elif arch.nmi_injected:
         cpu.inject_nmi()
+        arch.stat.nmi_injections += 1
     elif arch.interrupt.injected:
         _give_interrupt(vcpu)
     can_inject = not needs_reinjection(vcpu)
@@ -207,6 +208,7 @@ def check_and_inject_events(vcpu: Vcpu) -> None:
         can_inject = False
     if arch.nmi_pending and can_inject and not arch.guest_debug & kx.KVM_GUESTDBG_BLOCKIRQ:
         cpu.inject_nmi()
+        arch.stat.nmi_injections += 1
         if cpu.nmi_masked or cpu.interrupt_shadow:
             arch.nmi_window = True          # pending still; the CPU takes it when the guest's IRET lets it
         else:
@@ -229,12 +231,14 @@ def _inject_from_controllers(vcpu: Vcpu, apic: Lapic, can_inject: bool) -> None:
             if vector >= 0:
                 interrupt.injected, interrupt.nr, interrupt.soft = True, vector, False
                 cpu.inject_interrupt(vector)
+                vcpu.arch.stat.irq_injections += 1
         if apic.cpu_has_interrupt():
             cpu.set_interrupt_window(True)
 
 
 def _give_interrupt(vcpu: Vcpu) -> None:
     cpu, vector = vcpu.cpu, vcpu.arch.interrupt.nr
+    vcpu.arch.stat.irq_injections += 1
     if cpu.interrupt_allowed:
         cpu.inject_interrupt(vector)
     else:

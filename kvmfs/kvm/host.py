@@ -7,7 +7,7 @@ worker implements them with its link to the daemon, the tests with a stand-in.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 
@@ -63,17 +63,24 @@ class Host(Protocol):
     def memory(self) -> Memory:
         """The address space of the process that created the VM."""
 
+    @property
+    def creator(self) -> int:
+        """The thread id of who created the VM."""
+
     def owns(self, tid: int) -> bool:
         """Is thread ``tid`` one of the process that created the VM?  (Linux: ``kvm->mm == current->mm``.)"""
 
     def may_block(self) -> None:
         """The calling thread is about to wait or to run a guest: see that another one serves requests."""
 
-    def graft(self, req: RequestLike, name: str, inode: int, kvm_run: int | None) -> int:
+    def graft(self, req: RequestLike, name: str, inode: int, kvm_run: int | None, *,
+              content: Callable[[], bytes] | None = None, store: int | None = None) -> int:
         """Open the file ``name`` of the VM's mount in the client; ``req`` is answered with its number.
 
-        ``kvm_run`` is the memfd that the client's mmap of the file shows.  Raises OSError when nothing was
-        opened; ``req`` is then answered with that errno.
+        ``kvm_run`` is the memfd that the client's mmap of the file shows; ``content`` is what it reads, at each read,
+        and makes the descriptor read-only; the file may be there already.  With ``store`` the number goes, as 4 bytes, to
+        that address of the client, and ``req`` is answered with 0.  Raises OSError when nothing was opened; ``req`` is
+        then answered with that errno.
         """
 
     def guest_memory(self, req: RequestLike, hva: int, size: int) -> Sequence[Segment]:

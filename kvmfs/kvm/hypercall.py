@@ -48,6 +48,7 @@ def emulate_hypercall(vcpu: Vcpu) -> int:
         result = reply
     else:
         result = _call(vcpu, number, a0, a1)
+    vcpu.arch.stat.hypercalls += 1
     cpu.set_gpr(RAX, result & mask)
     return skip_emulated_instruction(vcpu, HYPERCALL_LENGTH)
 
@@ -59,6 +60,7 @@ def _call(vcpu: Vcpu, number: int, a0: int, a1: int) -> int:
         return kvmclock.clock_pairing(vcpu, a0, a1)
     # A vCPU that waits for an interrupt is not in its guest, and who spins on another gives way by itself.
     if number == para.KVM_HC_SCHED_YIELD and guest_pv_has(vcpu, para.KVM_FEATURE_PV_SCHED_YIELD):
+        vcpu.arch.stat.directed_yield_attempted += 1
         return 0
     return -para.KVM_ENOSYS
 
@@ -79,5 +81,6 @@ def _map_gpa_range(vcpu: Vcpu, gpa: int, pages: int, attributes: int, wide: bool
 
 def _complete_hypercall(vcpu: Vcpu) -> int:
     ret, = _u64(vcpu.run, _RET)
+    vcpu.arch.stat.hypercalls += 1
     vcpu.cpu.set_gpr(RAX, ret if regs.is_64_bit_mode(vcpu) else ret & M32)
     return skip_emulated_instruction(vcpu, HYPERCALL_LENGTH)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import threading
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -157,23 +158,35 @@ def emulate_halt(vcpu: Vcpu, apic: Lapic) -> int:
     return 1
 
 
-def wait_for_event(vcpu: Vcpu, apic: Lapic, stop: Callable[[], bool]) -> None:
-    """``kvm_vcpu_block``: sleep until the vCPU can run, its timer expired, or ``stop`` says so (a signal)."""
-    wake = apic.wake
-    while True:
-        wake.clear()
-        if runnable(vcpu, apic) or apic.timer.has_pending or stop():
-            return
-        wake.wait()
+def wait_for_event(vcpu: Vcpu, apic: Lapic, stop: Callable[[], bool]) -> bool:
+    """``kvm_vcpu_block``: sleep until the vCPU can run, its timer expired, or ``stop`` says so (a signal).
+
+    Returns whether it slept at all.
+    """
+    wake, stat, waited = apic.wake, vcpu.arch.stat, False
+    stat.blocking = 1
+    try:
+        while True:
+            wake.clear()
+            if runnable(vcpu, apic) or apic.timer.has_pending or stop():
+                return waited
+            waited = True
+            wake.wait()
+    finally:
+        stat.blocking = 0
 
 
 def block(vcpu: Vcpu, apic: Lapic, stop: Callable[[], bool]) -> int:
     """``vcpu_block``.  Returns 1: the caller looks at signals and comes back."""
     arch = vcpu.arch
     if not runnable(vcpu, apic):
-        wait_for_event(vcpu, apic, stop)
+        halted, start = arch.mp_state == kx.KVM_MP_STATE_HALTED, time.monotonic_ns()
+        waited = wait_for_event(vcpu, apic, stop)
+        if waited and halted:
+            arch.stat.waited(time.monotonic_ns() - start)
         if not runnable(vcpu, apic):
             return 1
+        arch.stat.halt_wakeup += waited
     accept_events(vcpu, apic)
     if arch.mp_state in (kx.KVM_MP_STATE_HALTED, kx.KVM_MP_STATE_AP_RESET_HOLD):
         arch.pv_unhalted = False
@@ -225,6 +238,7 @@ def run_uninitialized(vcpu: Vcpu, apic: Lapic, req: RequestLike, stop: Callable[
     wait_for_event(vcpu, apic, stop)
     accept_events(vcpu, apic)
     if req.interrupted:
+        vcpu.arch.stat.signal_exits += 1
         vcpu.run[8:12] = kx.KVM_EXIT_INTR.to_bytes(4, "little")
         return -errno.EINTR
     return -errno.EAGAIN

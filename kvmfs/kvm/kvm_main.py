@@ -28,7 +28,10 @@ VCPU_MMAP_SIZE = 3 * 4096       # kvm_run, the PIO data page, the coalesced MMIO
 MAX_GPA_BITS = 40              # of the engine, and of the physical addresses that CPUID offers
 
 VM_INODE = 2
+VM_STATS_INODE = 3
+DEVICE_INODE = 4
 VCPU_INODE = 0x100              # + the vCPU's index
+VCPU_STATS_INODE = 0x10000      # likewise
 
 
 class Kvm:
@@ -147,6 +150,7 @@ class Vcpu:
     def __init__(self, vm: Vm, vcpu_id: int, index: int) -> None:
         self.vm, self.vcpu_id, self.index = vm, vcpu_id, index
         self.inode = VCPU_INODE + index
+        self.creator = vm.host.creator          # the thread that made it (task_pid_nr)
         self.mutex = threading.Lock()
         self.run_fd = os.memfd_create(f"kvm-vcpu:{vcpu_id}", os.MFD_CLOEXEC)
         rings = vm.memslots.dirty_rings

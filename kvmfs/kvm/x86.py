@@ -34,6 +34,7 @@ from kvmfs.kvm.emulate import bytes_beyond_page, prepare_emulation_failure
 from kvmfs.kvm.msrs import MsrFile
 from kvmfs.kvm.pv import PvMsrs
 from kvmfs.kvm.regs import linear_rip
+from kvmfs.kvm.stats import VcpuStat
 from kvmfs.kvm.steal_time import StealTime, record_steal_time
 from kvmfs.vendor.handle_exit import EXIT_HANDLERS
 
@@ -130,6 +131,7 @@ class VcpuArch:
         self.steal_time = StealTime()
         # kvm_make_request: what is to be done before the next entry; appended to from any thread.
         self.requests: deque[Callable[[Vcpu], None]] = deque()
+        self.stat = VcpuStat()
 
     def cpuid_state(self, vcpu: Vcpu) -> CpuidState:
         """The state that CPUID mirrors, as arguments of kvmfs.kvm.cpuid."""
@@ -292,6 +294,7 @@ def _vcpu_run(vcpu: Vcpu, req: RequestLike) -> int:
     while True:
         if req.interrupted and signal_pending(vcpu, req):
             _set_reason(run, _EXIT_REASON, kx.KVM_EXIT_INTR)
+            arch.stat.signal_exits += 1
             return -errno.EINTR
         result = (_enter_guest(vcpu, run, arch) if apic is None
                   else irq.enter_or_block(vcpu, apic, stop, enter))
@@ -299,6 +302,7 @@ def _vcpu_run(vcpu: Vcpu, req: RequestLike) -> int:
             return result
         if run[_REQUEST_WINDOW] and events.ready_for_interrupt_injection(vcpu):
             _set_reason(run, _EXIT_REASON, kx.KVM_EXIT_IRQ_WINDOW_OPEN)
+            arch.stat.request_irq_exits += 1
             return 0
         if vcpu.vm.dead:
             return -errno.EIO
@@ -335,6 +339,7 @@ def _enter_guest(vcpu: Vcpu, run: memoryview, arch: VcpuArch) -> int:
     if arch.requests:
         process_requests(vcpu)
     if arch.event_request:
+        arch.stat.req_event += 1
         events.check_and_inject_events(vcpu)
     if arch.entry_check:
         reason = vcpu.vm.vendor.entry_failure(vcpu)
@@ -351,6 +356,7 @@ def _enter_guest(vcpu: Vcpu, run: memoryview, arch: VcpuArch) -> int:
     if arch.vapic_addr:
         vapic.sync_to_guest(vcpu)
     kind = cpu.run()
+    arch.stat.exits[kind] += 1
     if arch.given:
         events.complete_events(vcpu)
     if arch.vapic_addr:
@@ -439,7 +445,9 @@ def _exit_svm(vcpu: Vcpu) -> int:
 
 
 def _exit_io_in(vcpu: Vcpu) -> int:
-    port, size, count, _string = vcpu.cpu.io_exit()
+    port, size, count, string = vcpu.cpu.io_exit()
+    if string:
+        vcpu.arch.stat.insn_emulation += 1
     if vcpu.vm.pio_bus.readable:
         data = iodev.read_ports(vcpu, port, size, count)
         if data is not None:
@@ -461,6 +469,8 @@ def _exit_io_out(vcpu: Vcpu) -> int:
     cpu, run, arch = vcpu.cpu, vcpu.run, vcpu.arch
     port, size, count, string = cpu.io_exit()
     length = size * count
+    if string:
+        arch.stat.insn_emulation += 1
     if vcpu.vm.pio_bus.ranges and vcpu.vm.pio_bus.write(vcpu, port, bytes(cpu.data[:length])):
         return _further(vcpu, cpu.complete_io_out())
     if length == 1:
@@ -501,6 +511,7 @@ def _exit_mmio_read(vcpu: Vcpu) -> int:
     _set_reason(run, _EXIT_REASON, kx.KVM_EXIT_MMIO)
     _set_mmio(run, _UNION, e.gpa, bytes(8), size, 0)
     arch.complete_userspace_io = _complete_mmio_read
+    arch.stat.mmio_exits += 1
     return 0
 
 
@@ -509,11 +520,11 @@ def _complete_mmio_read(vcpu: Vcpu) -> int:
     data = vcpu.run[_MMIO_DATA:_MMIO_DATA + cpu.exit.size]
     slot = slots.find(cpu.exit.gpa)
     if slot is None:
-        return _further(vcpu, cpu.complete_mmio_read(data))
+        return _next_round(vcpu, cpu.complete_mmio_read(data))
     # A slot came while the client answered; the answer counts, not what is in the slot.
     with slots.hidden(slot):
         kind = cpu.complete_mmio_read(data)
-    return _further(vcpu, kind)
+    return _next_round(vcpu, kind)
 
 
 def _exit_mmio_write(vcpu: Vcpu) -> int:
@@ -530,11 +541,24 @@ def _exit_mmio_write(vcpu: Vcpu) -> int:
     _set_reason(run, _EXIT_REASON, kx.KVM_EXIT_MMIO)
     _set_mmio(run, _UNION, e.gpa, data, e.size, 1)
     arch.complete_userspace_io = _next_fragment
+    arch.stat.mmio_exits += 1
     return 0
 
 
+def _next_round(vcpu: Vcpu, kind: int) -> int:
+    stat = vcpu.arch.stat
+    if kind == EXIT_MMIO_READ:
+        stat.mmio_exits -= 1                    # a further part of one access is no exit of its own
+    elif kind == EXIT_MMIO_WRITE:
+        stat.insn_emulation += 1                # KVM emulates a read-modify-write a second time
+    return _further(vcpu, kind)
+
+
 def _next_fragment(vcpu: Vcpu) -> int:
-    return _further(vcpu, vcpu.cpu.complete())
+    kind = vcpu.cpu.complete()
+    if kind == EXIT_MMIO_WRITE:
+        vcpu.arch.stat.mmio_exits -= 1
+    return _further(vcpu, kind)
 
 
 def _further(vcpu: Vcpu, kind: int) -> int:

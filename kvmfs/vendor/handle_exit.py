@@ -44,6 +44,7 @@ _set_reason = struct.Struct("<I").pack_into
 
 
 def _window(vcpu: Vcpu) -> int:
+    vcpu.arch.stat.irq_window_exits += 1
     vcpu.cpu.set_interrupt_window(False)
     vcpu.arch.event_request = True
     return 1
@@ -52,12 +53,14 @@ def _window(vcpu: Vcpu) -> int:
 def _hlt(vcpu: Vcpu) -> int:
     result = skip_emulated_instruction(vcpu, 1)
     if vcpu.arch.apic is not None:
+        vcpu.arch.stat.halt_exits += 1
         irq.emulate_halt(vcpu, vcpu.arch.apic)
         return result
     if vcpu.vm.arch.hlt_in_guest:
         if result > 0:
             vcpu.halt()
         return result
+    vcpu.arch.stat.halt_exits += 1
     _set_reason(vcpu.run, 8, kx.KVM_EXIT_HLT)
     return 0
 
@@ -158,6 +161,7 @@ def _lmsw(vcpu: Vcpu, code: bytes) -> int:
     if operand is None:
         return prepare_emulation_failure(vcpu)
     msw, length = operand
+    vcpu.arch.stat.insn_emulation += vcpu.vm.vendor.name == "amd"   # VMX says which operand it was
     cr0 = vcpu.cpu.cr0
     return complete_insn_gp(vcpu, regs.set_cr0(vcpu, cr0 & ~0xE | msw & 0xF), length)
 
