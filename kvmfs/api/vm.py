@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 _MEMORY_REGION = struct.Struct("<IIQQQ")        # slot, flags, guest_phys_addr, memory_size, userspace_addr
 _COALESCED_ZONE = struct.Struct("<QII")         # addr, size, pio
+_IRQFD = struct.Struct("<iIIi")                 # fd, gsi, flags, resamplefd
 _IOEVENTFD = struct.Struct("<QQIiI")            # datamatch, addr, len, fd, flags
 _DIRTY_LOG = struct.Struct("<IIQ")              # slot, -, dirty_bitmap
 _CLEAR_DIRTY_LOG = struct.Struct("<IIQQ")       # slot, num_pages, first_page, dirty_bitmap
@@ -148,6 +149,13 @@ def ioeventfd(vm: Vm, req: RequestLike) -> int:
     """KVM_IOEVENTFD (api.rst 4.59): a guest's write signals an eventfd."""
     vm.host.may_block()
     eventfd.ioeventfd(vm, req, *_IOEVENTFD.unpack_from(req.data))
+    return 0
+
+
+def irqfd(vm: Vm, req: RequestLike) -> int:
+    """KVM_IRQFD (api.rst 4.75): an eventfd interrupts the guest."""
+    vm.host.may_block()
+    eventfd.irqfd(vm, req, *_IRQFD.unpack_from(req.data))
     return 0
 
 

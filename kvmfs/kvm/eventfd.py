@@ -1,21 +1,28 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""KVM_IOEVENTFD: a guest's write signals an eventfd instead of leaving to the client (Linux: virt/kvm/eventfd.c)."""
+"""KVM_IOEVENTFD: a guest's write signals an eventfd; KVM_IRQFD: an eventfd interrupts the guest (Linux: virt/kvm/eventfd.c).
+
+The worker has descriptors of its own for the client's eventfds.  So an irqfd does not end, as it does in Linux, when the
+client closes the last descriptor without having deassigned it: it stays, and cannot be signalled any more, until the VM ends.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import os
+import select
 import threading
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from kvmfs.abi import flags as F
 from kvmfs.errors import KvmError
+from kvmfs.kvm.irq_comm import RESAMPLE_IRQ_SOURCE, USERSPACE_IRQ_SOURCE
 
 if TYPE_CHECKING:
     from kvmfs.kvm.host import EventFd, RequestLike
     from kvmfs.kvm.iodev import IoBus
+    from kvmfs.kvm.irq_comm import Irqchip
     from kvmfs.kvm.kvm_main import Vcpu, Vm
 
 _ONE = (1).to_bytes(8, "little")
@@ -120,8 +127,131 @@ def _deassign(vm: Vm, req: RequestLike, match: int | None, addr: int, length: in
     p.close()
 
 
+# ---- KVM_IRQFD -------------------------------------------------------------------------------------------
+
+
+class Resampler:
+    """``struct kvm_kernel_irqfd_resampler``: the level-triggered irqfds of one GSI, which share its line."""
+
+    def __init__(self, chip: Irqchip, gsi: int) -> None:
+        self._chip, self._gsi = chip, gsi
+        self.irqfds: list[Irqfd] = []
+        chip.resamplers[gsi] = self
+        chip.add_ack_notifier(gsi, self._acked)
+
+    def notify(self) -> None:
+        """``irqfd_resampler_notify``: the clients are to look at their devices' lines again."""
+        for irqfd in self.irqfds:
+            if irqfd.resamplefd is not None:
+                with contextlib.suppress(BlockingIOError):          # as full as it can be
+                    os.write(irqfd.resamplefd.fd, _ONE)
+
+    def _acked(self) -> None:
+        """The guest has acknowledged the interrupt: the line falls once for all of them, before any can raise it again."""
+        self._chip.set_irq(RESAMPLE_IRQ_SOURCE, self._gsi, False)
+        self.notify()
+
+    def remove(self, irqfd: Irqfd) -> None:
+        """``irqfd_resampler_shutdown``."""
+        self.irqfds.remove(irqfd)
+        if not self.irqfds:
+            del self._chip.resamplers[self._gsi]
+            self._chip.remove_ack_notifier(self._gsi, self._acked)
+            self._chip.set_irq(RESAMPLE_IRQ_SOURCE, self._gsi, False)
+
+
+@dataclass(eq=False, slots=True)
+class Irqfd:
+    """``struct kvm_kernel_irqfd``; with ``resamplefd`` it is level-triggered.  Its methods run with the irqchip's lock held."""
+
+    chip: Irqchip
+    gsi: int
+    eventfd: EventFd
+    resamplefd: EventFd | None
+    resampler: Resampler | None = None
+    _found_signalled: bool = False
+
+    def start(self) -> None:
+        """From now on signals are interrupts; one that came before counts, and the counter then keeps it, as in Linux."""
+        self._found_signalled = bool(select.select((self.eventfd.fd,), (), (), 0)[0])
+        self.chip.eventpoll.add(self.eventfd.fd, self._signalled)
+
+    def _signalled(self) -> None:
+        """``irqfd_wakeup``."""
+        if self._found_signalled:
+            self._found_signalled = False
+        else:
+            try:        # the client decides whether its eventfd blocks, and may be reading it itself
+                os.preadv(self.eventfd.fd, (bytearray(8),), -1, os.RWF_NOWAIT)
+            except BlockingIOError:
+                return
+        if self.resamplefd is None:
+            self.chip.pulse(USERSPACE_IRQ_SOURCE, self.gsi)
+        else:
+            self.chip.set_irq(RESAMPLE_IRQ_SOURCE, self.gsi, True)
+
+    def shutdown(self) -> None:
+        """``irqfd_shutdown``: no interrupt comes any more."""
+        self.chip.eventpoll.remove(self.eventfd.fd)
+        if self.resampler is not None:
+            self.resampler.remove(self)
+        self.close()
+
+    def close(self) -> None:
+        os.close(self.eventfd.fd)
+        if self.resamplefd is not None:
+            os.close(self.resamplefd.fd)
+
+
+def irqfd(vm: Vm, req: RequestLike, fd: int, gsi: int, flags: int, resamplefd: int) -> None:
+    """``kvm_irqfd`` (api.rst 4.75).
+
+    EINVAL: unknown flags; no irqchip, or with resampling none whose I/O APIC is here; EBADF, EINVAL: the
+    descriptors; EBUSY: the eventfd has an irqfd.  A GSI without a route is none of these: it interrupts nobody.
+    """
+    if flags & ~(F.KVM_IRQFD_FLAG_DEASSIGN | F.KVM_IRQFD_FLAG_RESAMPLE):
+        raise KvmError(errno.EINVAL)
+    if flags & F.KVM_IRQFD_FLAG_DEASSIGN:
+        _irqfd_deassign(vm, req, fd, gsi)
+        return
+    chip, resample = vm.arch.irqchip, flags & F.KVM_IRQFD_FLAG_RESAMPLE
+    if chip is None or (resample and chip.split):
+        raise KvmError(errno.EINVAL)
+    eventfd = _take(vm, req, fd)
+    try:
+        new = Irqfd(chip, gsi, eventfd, _take(vm, req, resamplefd) if resample else None)
+    except OSError:
+        os.close(eventfd.fd)
+        raise
+    with chip.lock:
+        if eventfd.id in vm.irqfds:
+            new.close()
+            raise KvmError(errno.EBUSY)
+        if resample:
+            new.resampler = chip.resamplers.get(gsi) or Resampler(chip, gsi)
+            new.resampler.irqfds.append(new)
+        vm.irqfds[eventfd.id] = new
+        new.start()
+
+
+def _irqfd_deassign(vm: Vm, req: RequestLike, fd: int, gsi: int) -> None:
+    """``kvm_irqfd_deassign``: one that is not there is no error."""
+    eventfd, chip = _take(vm, req, fd), vm.arch.irqchip
+    os.close(eventfd.fd)
+    if chip is not None:
+        with chip.lock:
+            there = vm.irqfds.get(eventfd.id)
+            if there is not None and there.gsi == gsi:
+                del vm.irqfds[eventfd.id]
+                there.shutdown()
+
+
 def release(vm: Vm) -> None:
     """The VM ends."""
     for p in vm.ioeventfds:
         p.close()
     vm.ioeventfds.clear()
+    for irqfd in vm.irqfds.values():
+        with irqfd.chip.lock:
+            irqfd.shutdown()
+    vm.irqfds.clear()

@@ -25,12 +25,14 @@ from kvmfs.abi.flags import (
 from kvmfs.abi.x86 import KVM_IOAPIC_NUM_PINS, KVM_MAX_IRQ_ROUTES
 from kvmfs.errors import KvmError
 from kvmfs.kvm.apic_map import ApicMap, ApicMessage, build_map
+from kvmfs.kvm.eventpoll import EventPoll
 from kvmfs.kvm.hrtimer import HrTimers
 from kvmfs.kvm.i8254 import Pit
 from kvmfs.kvm.i8259 import PIC_NUM_PINS, Pic
 from kvmfs.kvm.ioapic import IoApic
 
 if TYPE_CHECKING:
+    from kvmfs.kvm.eventfd import Resampler
     from kvmfs.kvm.kvm_main import Vcpu, Vm
     from kvmfs.kvm.lapic_core import LapicCore
 
@@ -84,18 +86,19 @@ class Irqchip:
     """The in-kernel interrupt controllers of one VM.
 
     ``split``: only the local APICs are here.  ``ack_notifiers`` and ``mask_notifiers``: what wants to know
-    when a GSI is acknowledged, or masked and unmasked at its controller.  ``resamplers``: GSI → level-triggered
-    irqfds, which look at their line again and say so by True.
+    when a GSI is acknowledged, or masked and unmasked at its controller.  ``resamplers``: GSI → its
+    level-triggered irqfds.
     """
 
     def __init__(self, vm: Vm, *, split: bool, reserved_pins: int = 0) -> None:
         self.vm, self.split, self.nr_reserved_ioapic_pins = vm, split, reserved_pins
         self.lock = threading.RLock()
         self.timers = HrTimers(self.lock)
+        self.eventpoll = EventPoll(self.lock)
         self.bus_cycle_ns = APIC_BUS_CYCLE_NS_DEFAULT
         self.ack_notifiers: dict[int, list[Callable[[], None]]] = {}
         self.mask_notifiers: dict[int, list[Callable[[bool], None]]] = {}
-        self.resamplers: dict[int, list[Callable[[], bool]]] = {}
+        self.resamplers: dict[int, Resampler] = {}
         self._sources = 1 << USERSPACE_IRQ_SOURCE | 1 << RESAMPLE_IRQ_SOURCE
         self.nmi_watchdogs = 0              # local APICs whose LINT0 delivers NMIs
         self._map: ApicMap | None = None
@@ -111,6 +114,7 @@ class Irqchip:
 
     def close(self) -> None:
         self.timers.close()
+        self.eventpoll.close()
 
     @property
     def apics(self) -> Iterable[LapicCore]:
@@ -168,8 +172,11 @@ class Irqchip:
     def notify_resampler(self, irqchip: int, pin: int) -> bool:
         """``kvm_notify_irqfd_resampler``: is there one for this pin?"""
         gsi = self.routing.gsi_of.get((irqchip, pin))
-        found = tuple(self.resamplers.get(gsi, ())) if gsi is not None else ()
-        return any([resample() for resample in found])
+        resampler = self.resamplers.get(gsi) if gsi is not None else None
+        if resampler is None:
+            return False
+        resampler.notify()
+        return True
 
     # ---- the PIC's output ---------------------------------------------------------------------------
 
@@ -228,6 +235,15 @@ class Irqchip:
                 if got >= 0:
                     result = max(result, 0) + got
         return result
+
+    def pulse(self, source: int, gsi: int) -> None:
+        """The line rises and falls; an MSI has no line that could fall."""
+        routes = self.routing.by_gsi.get(gsi)
+        if routes is not None and len(routes) == 1 and routes[0].type == KVM_IRQ_ROUTING_MSI:
+            self.set_msi(routes[0], True)
+        else:
+            self.set_irq(source, gsi, True)
+            self.set_irq(source, gsi, False)
 
     def _set_route(self, route: Route, source: int, level: bool, line_status: bool) -> int:
         if route.type == KVM_IRQ_ROUTING_MSI:

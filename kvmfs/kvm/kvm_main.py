@@ -18,7 +18,7 @@ from kvmfs.kvm.memslots import MemSlots
 
 if TYPE_CHECKING:
     from kvmfs.kvm.coalesced_mmio import CoalescedZone
-    from kvmfs.kvm.eventfd import IoEventFd
+    from kvmfs.kvm.eventfd import IoEventFd, Irqfd
     from kvmfs.kvm.host import Host, Memory, RequestLike
     from kvmfs.vendor.ops import KvmX86Ops
 
@@ -57,6 +57,7 @@ class Vm:
         self.mmio_bus, self.pio_bus, self.ccw_bus = IoBus(), IoBus(), IoBus()
         self.coalesced_zones: list[CoalescedZone] = []
         self.ioeventfds: list[IoEventFd] = []
+        self.irqfds: dict[int, Irqfd] = {}      # by the eventfd's id
         self.memslots = MemSlots(self.engine, 1 << MAX_GPA_BITS)
         self.created_vcpus = 0
         self.vcpus: list[Vcpu] = []
@@ -135,11 +136,11 @@ class Vm:
         self.dead = True
         self.arch.resumed.set()
         self.kick_all()
+        eventfd.release(self)
         if self.arch.irqchip is not None:
             self.arch.irqchip.close()
         for vcpu in self.vcpus:
             vcpu.close()
-        eventfd.release(self)
         self.memslots.close()
         self.engine.close()
 
