@@ -205,11 +205,16 @@ def passthrough(request: pytest.FixtureRequest) -> str:
 # ---- kvmfs run, as whoever ----------------------------------------------------------------------------------
 
 
+def kvmfs(*arguments: str, wrapper: Sequence[str] = (), timeout: float = 60) -> subprocess.CompletedProcess[str]:
+    """``kvmfs arguments``, optionally started by ``wrapper``."""
+    return subprocess.run([*wrapper, *KVMFS, *arguments], env=ENVIRONMENT, capture_output=True, text=True, check=False,
+                          timeout=timeout, stdin=subprocess.DEVNULL, cwd="/")
+
+
 def kvmfs_run(*command: str, options: Sequence[str] = (), wrapper: Sequence[str] = (), timeout: float = 60,
               ) -> subprocess.CompletedProcess[str]:
     """``kvmfs run options -- command``, optionally started by ``wrapper``."""
-    return subprocess.run([*wrapper, *KVMFS, "run", *options, "--", *command], env=ENVIRONMENT, timeout=timeout,
-                          capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL, cwd="/")
+    return kvmfs("run", *options, "--", *command, wrapper=wrapper, timeout=timeout)
 
 
 # Runs "$@" as user and group 1000 without capabilities in a mount namespace where /dev/fuse may be opened by all, as it

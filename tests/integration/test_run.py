@@ -12,7 +12,7 @@ import sys
 import pytest
 
 from tests.clients import assert_hello, program, public_copy
-from tests.daemon import ENVIRONMENT, KVMFS, ROOT, kvmfs_run, ordinary_user
+from tests.daemon import ENVIRONMENT, KVMFS, ROOT, kvmfs, kvmfs_run, ordinary_user
 
 # A /dev in which there is no kvm, as on most machines.
 _NO_KVM = """
@@ -56,11 +56,6 @@ exec "$@" chroot /mnt /client /node
 _NO_NAMESPACES = """
 echo 0 > /proc/sys/user/max_user_namespaces && exec setpriv --bounding-set=-all --inh-caps=-all "$@"
 """
-
-
-def kvmfs(*arguments: str, wrapper: tuple[str, ...] = (), timeout: float = 60) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*wrapper, *KVMFS, *arguments], env=ENVIRONMENT, capture_output=True, text=True, check=False,
-                          timeout=timeout, stdin=subprocess.DEVNULL)
 
 
 # ---- places -------------------------------------------------------------------------------------------------

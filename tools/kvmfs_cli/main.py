@@ -93,6 +93,26 @@ def version(as_json: bool) -> None:
         facts.show(facts.collect())
 
 
+@main.command(short_help="Check what this host has, and say how to get what it lacks.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object instead of lines.")
+def doctor(as_json: bool) -> None:
+    """Try each thing that kvmfs needs, and run a guest.
+
+    A line for each: ok, degraded (then it says what is slower or does not work) or missing (kvmfs does not work at all), and what
+    to do about it.
+
+    \b
+    The exit status is that of the worst line:
+      0  all ok
+      1  something is degraded
+      3  something is missing
+      2  the command line is wrong
+    """
+    from kvmfs_cli.doctor import doctor as examine
+
+    sys.exit(examine(as_json=as_json))
+
+
 @main.command()
 @click.option("--device", type=click.Path(), default="/dev/kvm", show_default=True, help="The node.")
 @click.option("--level", type=click.Choice(["system", "vm", "vcpu", "device"]), help="Only ioctls of this kind of descriptor.")

@@ -27,7 +27,7 @@ def _mount(source: str, target: str, kind: str | None, flags: int, options: str 
         raise OSError(code, f"mount of {source} on {target}: {os.strerror(code)}")
 
 
-def _unshare(flags: int) -> None:
+def unshare(flags: int) -> None:
     if _libc.unshare(flags) < 0:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))
@@ -54,11 +54,11 @@ def enter() -> bool:
     uid, gid = os.geteuid(), os.getegid()
     user = False
     try:
-        _unshare(CLONE_NEWNS)
+        unshare(CLONE_NEWNS)
     except PermissionError:
         user = True
         try:
-            _unshare(CLONE_NEWUSER | CLONE_NEWNS)
+            unshare(CLONE_NEWUSER | CLONE_NEWNS)
         except OSError as error:
             raise NamespaceError(
                 f"this user may not make a user namespace ({error.strerror}); run as root, or allow it: "
