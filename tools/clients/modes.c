@@ -17,7 +17,7 @@
 enum { SECONDS_EACH = 20 };
 
 static const struct subtest *const groups[] = { basic_subtests, port_subtests, mmio_subtests, event_subtests,
-						memory_subtests, debug_subtests };
+						irq_subtests, memory_subtests, debug_subtests };
 static const char *node = "/dev/kvm";
 
 static void run_alone(const struct subtest *t)

@@ -15,6 +15,7 @@ extern const struct subtest basic_subtests[];	/* modes, HLT, SHUTDOWN, signals, 
 extern const struct subtest port_subtests[];
 extern const struct subtest mmio_subtests[];
 extern const struct subtest event_subtests[];	/* exceptions, interrupts, NMI */
+extern const struct subtest irq_subtests[];	/* the interrupt controllers in the kernel, eventfds */
 extern const struct subtest debug_subtests[];	/* a debugger in the client, registers in kvm_run, extended state */
 extern const struct subtest memory_subtests[];	/* dirty logging, many slots, writes that do not exit */
 
