@@ -223,6 +223,15 @@ class Cpu(StateFields):
         """From any thread: the run that is going on, or the next one, returns EXIT_NONE soon. Never lost."""
         self._lib.nv_kick(self._ptr)
 
+    def flush_tlb(self) -> None:
+        """From any thread: the next entry starts with an empty TLB."""
+        self._info.flush = 1
+
+    @property
+    def waited(self) -> int:
+        """Nanoseconds that it was ready to run while other vCPUs had the engine."""
+        return self._info.waited
+
     def clear_kick(self) -> None:
         """Forget a kick that has not ended a run yet."""
         self._info.kick = 0

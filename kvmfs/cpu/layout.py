@@ -181,6 +181,8 @@ class VcpuInfo(ctypes.Structure):
         ("pend", ctypes.c_int32),
         ("ud_exits", ctypes.c_int32),
         ("kick", ctypes.c_int32),
+        ("yield_", ctypes.c_int32),
+        ("waited", ctypes.c_uint64),
     )
     exit: ExitInfo
     state: int
@@ -199,6 +201,8 @@ class VcpuInfo(ctypes.Structure):
     pend: int
     ud_exits: int
     kick: int
+    yield_: int
+    waited: int
 
 
 @functools.cache

@@ -261,11 +261,18 @@ static int complete(Vcpu *v) {
     }
 }
 
+static u64 monotonic_ns(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return t.tv_sec * 1000000000ull + t.tv_nsec;
+}
+
 // The engine runs one vCPU at a time; waiters are served in order and get it after a slice, or at once.
 static void enter(Engine *e, Vcpu *v, int quick) {
     pthread_mutex_lock(&e->m);
     u64 my = e->ticket++;
     if (e->serving != my) {
+        u64 since = v ? monotonic_ns() : 0;
         e->quick += quick;
         while (e->serving != my) {
             if (e->quick && e->owner) stop(e->owner, &e->owner->yield);
@@ -276,6 +283,7 @@ static void enter(Engine *e, Vcpu *v, int quick) {
             if (pthread_cond_timedwait(&e->c, &e->m, &t) == ETIMEDOUT && e->owner) stop(e->owner, &e->owner->yield);
         }
         e->quick -= quick;
+        if (v) v->waited += monotonic_ns() - since;
     }
     e->owner = v;
     pthread_mutex_unlock(&e->m);

@@ -85,6 +85,7 @@ typedef struct Vcpu {
     int32_t pend;
     int32_t ud_exits;     // #UD is reported, not delivered
     atomic_int kick, yield;
+    u64 waited;           // nanoseconds that it was ready to run while others had the engine
     // private
     struct Engine *e;
     char *image;

@@ -121,6 +121,8 @@ SUPPORTED: dict[int, int | Callable[[], int]] = {
     K.KVM_CAP_ADJUST_CLOCK: KVM_CLOCK_VALID_FLAGS,
     K.KVM_CAP_GET_TSC_KHZ: 1,
     K.KVM_CAP_KVMCLOCK_CTRL: 1,
+    K.KVM_CAP_ASYNC_PF: 1,
+    K.KVM_CAP_ASYNC_PF_INT: 1,
     K.KVM_CAP_VCPU_ATTRIBUTES: 1,
     K.KVM_CAP_STEAL_TIME: lambda: int(steal_time.available()),
     K.KVM_CAP_MCE: KVM_MAX_MCE_BANKS,
@@ -129,7 +131,6 @@ SUPPORTED: dict[int, int | Callable[[], int]] = {
 
 _ENABLE = "KVM_ENABLE_CAP has no effect for it"
 _IOCTL = "its ioctls have no handler"
-_ASYNC_PF = "asynchronous page faults cannot be turned on"
 _HYPERV = "no Hyper-V enlightenments"
 _SEV = "no encrypted guests"
 _PMU = "no PMU"
@@ -142,7 +143,6 @@ ABSENT: dict[int, str] = {
     K.KVM_CAP_HYPERV_VAPIC: _HYPERV,
     K.KVM_CAP_HYPERV_SPIN: _HYPERV,
     K.KVM_CAP_PCI_SEGMENT: "device assignment is gone from KVM; Linux still says 1",
-    K.KVM_CAP_ASYNC_PF: _ASYNC_PF,
     K.KVM_CAP_TSC_CONTROL: "no TSC scaling",
     K.KVM_CAP_DEVICE_CTRL: _IOCTL,
     K.KVM_CAP_HYPERV_TIME: _HYPERV,
@@ -160,7 +160,6 @@ ABSENT: dict[int, str] = {
     K.KVM_CAP_PMU_EVENT_FILTER: _PMU,
     K.KVM_CAP_HYPERV_DIRECT_TLBFLUSH: _HYPERV,
     K.KVM_CAP_HALT_POLL: "a vCPU that halts never polls",
-    K.KVM_CAP_ASYNC_PF_INT: _ASYNC_PF,
     K.KVM_CAP_LAST_CPU: "fail_entry.cpu and internal_error's last CPU are not told",
     K.KVM_CAP_SMALLER_MAXPHYADDR: "reserved bits of guest page tables follow the engine's width",
     K.KVM_CAP_SYS_HYPERV_CPUID: _HYPERV,

@@ -24,6 +24,7 @@ from kvmfs.kvm.i8259 import Pic
 from kvmfs.kvm.irq_comm import Irqchip
 from kvmfs.kvm.lapic import Lapic
 from kvmfs.kvm.lapic_core import PENDING_INIT, PENDING_SIPI
+from kvmfs.kvm.steal_time import record_steal_time
 
 if TYPE_CHECKING:
     from kvmfs.kvm.host import RequestLike
@@ -187,6 +188,8 @@ def block(vcpu: Vcpu, apic: Lapic, stop: Callable[[], bool]) -> int:
         if not runnable(vcpu, apic):
             return 1
         arch.stat.halt_wakeup += waited
+        if arch.steal_time.msr:
+            vcpu.request_work(record_steal_time)
     accept_events(vcpu, apic)
     if arch.mp_state in (kx.KVM_MP_STATE_HALTED, kx.KVM_MP_STATE_AP_RESET_HOLD):
         arch.pv_unhalted = False

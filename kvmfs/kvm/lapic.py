@@ -246,6 +246,7 @@ class Lapic(LapicCore):
             self._regs[:] = state
             self.isr, self.tmr, self.irr = (
                 sum(self.reg(base + 16 * i) << 32 * i for i in range(8)) for base in (A.APIC_ISR, A.APIC_TMR, A.APIC_IRR))
+            self.highest_isr_cache = -1
             self.chip.map_changed()
             self.set_version()
             self.vcpu.cpu.cr8 = self.reg(A.APIC_TASKPRI) >> 4 & 0xF

@@ -23,6 +23,7 @@ from kvmfs.abi.msrs import (
     X2APIC_ENABLE,
 )
 from kvmfs.abi.x86 import APIC_DEFAULT_PHYS_BASE, KVM_APIC_REG_SIZE
+from kvmfs.kvm import pv_eoi
 from kvmfs.kvm.apic_map import ApicMessage
 from kvmfs.kvm.lapic_timer import LapicTimer
 
@@ -52,6 +53,7 @@ class LapicCore:
         self.vcpu, self.chip = vcpu, chip
         self._regs = bytearray(KVM_APIC_REG_SIZE)
         self.irr = self.isr = self.tmr = 0
+        self.highest_isr_cache = -1     # the vector taken last, until something is ended
         self.sw_enabled = False
         self.lvt_entries = self._count_lvt_entries()
         self.pending_events = self.sipi_vector = 0
@@ -187,6 +189,8 @@ class LapicCore:
                 self.set_reg(A.APIC_ICR2, 0)
             self.set_reg(A.APIC_ICR + 4, 0)
             self.irr = self.isr = self.tmr = 0
+            self.highest_isr_cache = -1
+            pv_eoi.reset(self.vcpu)
             self.timer.update_divide_count()
             self.timer.pending = False
             self.vcpu.cpu.cr8 = 0
@@ -228,6 +232,7 @@ class LapicCore:
         """The CPU takes ``vector``."""
         self.irr &= ~(1 << vector)
         self.isr |= 1 << vector
+        self.highest_isr_cache = vector
         self._compute_ppr()
 
     # ---- what the CPU takes, from here or from a PIC ------------------------------------------------
@@ -267,6 +272,7 @@ class LapicCore:
             return
         vector = self.isr.bit_length() - 1
         self.isr &= ~(1 << vector)
+        self.highest_isr_cache = -1
         self.update_ppr()
         self.scan()
         if self.handled >> vector & 1:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from kvmfs.abi import msrs as M
 from kvmfs.abi import para
 from kvmfs.errors import KvmError
-from kvmfs.kvm import kvmclock, steal_time
+from kvmfs.kvm import kvmclock, pv_eoi, steal_time
 
 if TYPE_CHECKING:
     from kvmfs.kvm.kvm_main import Vcpu
@@ -47,14 +47,21 @@ def guest_pv_has(vcpu: Vcpu, feature: int) -> bool:
 class PvMsrs:
     """KVM's own MSRs of one vCPU.
 
-    There is no in-kernel APIC yet: asynchronous page faults cannot be turned on (nor are they needed, a page
-    is never far away), and PV EOI is a value without effect.
+    A guest may turn asynchronous page faults on when its local APIC is here, as in Linux; none will come, since
+    KVM_RUN never waits for a page of guest memory in a way that something else could be done meanwhile.
     """
 
     def __init__(self, vcpu: Vcpu) -> None:
         self._vcpu = vcpu
-        self._pv_eoi = 0
+        self._async_pf_en = self._async_pf_int = 0
         self._poll_control = 1          # a guest that has not said otherwise lets its host poll
+
+    def reset(self) -> None:
+        """RESET and INIT end what works by the guest's memory; the poll control stays."""
+        self._async_pf_en = self._async_pf_int = 0
+        arch = self._vcpu.arch
+        arch.steal_time.msr = arch.clock.time = 0
+        arch.clock.pv_time_gpa = None
 
     def has(self, index: int) -> bool:
         """Is MSR ``index`` one of KVM's that the guest may use?"""
@@ -73,7 +80,11 @@ class PvMsrs:
             case M.MSR_KVM_STEAL_TIME:
                 return self._vcpu.arch.steal_time.msr
             case M.MSR_KVM_PV_EOI_EN:
-                return self._pv_eoi
+                return self._vcpu.arch.pv_eoi.msr
+            case M.MSR_KVM_ASYNC_PF_EN:
+                return self._async_pf_en
+            case M.MSR_KVM_ASYNC_PF_INT:
+                return self._async_pf_int
             case M.MSR_KVM_POLL_CONTROL:
                 return self._poll_control
             case _:
@@ -93,16 +104,16 @@ class PvMsrs:
             case M.MSR_KVM_STEAL_TIME:
                 return self._set_steal_time(value)
             case M.MSR_KVM_PV_EOI_EN:
-                return self._set_pv_eoi(value)
+                return pv_eoi.set_msr(vcpu, value)
             case M.MSR_KVM_POLL_CONTROL:
                 if value >> 1:
                     return False
                 self._poll_control = value
             case M.MSR_KVM_ASYNC_PF_EN:
-                return not value            # without an in-kernel APIC only off
+                return self._enable_async_pf(value)
             case M.MSR_KVM_ASYNC_PF_INT:
-                return False
-        return True
+                return self._enable_async_pf_int(value)
+        return True                         # ASYNC_PF_ACK: nothing waits to be acknowledged
 
     def _set_steal_time(self, value: int) -> bool:
         if value & para.KVM_STEAL_RESERVED_MASK or not steal_time.available():
@@ -112,15 +123,29 @@ class PvMsrs:
             self._vcpu.request_work(steal_time.record_steal_time)
         return True
 
-    def _set_pv_eoi(self, value: int) -> bool:
-        """``kvm_lapic_set_pv_eoi``."""
-        address = value & ~KVM_MSR_ENABLED
-        if address & 3:
+    def _enable_async_pf(self, value: int) -> bool:
+        """``kvm_pv_enable_async_pf``: bit 0 enables, bits 1 to 3 say how, the rest is the address of 64 bytes."""
+        vcpu = self._vcpu
+        if (value & ASYNC_PF_RESERVED
+                or (value & para.KVM_ASYNC_PF_DELIVERY_AS_PF_VMEXIT
+                    and not guest_pv_has(vcpu, para.KVM_FEATURE_ASYNC_PF_VMEXIT))
+                or (value & para.KVM_ASYNC_PF_DELIVERY_AS_INT and not guest_pv_has(vcpu, para.KVM_FEATURE_ASYNC_PF_INT))):
             return False
-        if value & KVM_MSR_ENABLED:
-            try:
-                self._vcpu.vm.memslots.read(address, 1)
-            except KvmError:
-                return False
-        self._pv_eoi = value
+        if vcpu.arch.apic is None:
+            return not value
+        self._async_pf_en = value
+        mask = para.KVM_ASYNC_PF_ENABLED | para.KVM_ASYNC_PF_DELIVERY_AS_INT
+        if value & mask != mask:
+            return True
+        try:
+            vcpu.vm.memslots.read(value & ~0x3F, 8)
+        except KvmError:
+            return False
+        return True
+
+    def _enable_async_pf_int(self, value: int) -> bool:
+        """``kvm_pv_enable_async_pf_int``: a vector."""
+        if value >> 8 or self._vcpu.arch.apic is None:
+            return False
+        self._async_pf_int = value
         return True

@@ -27,12 +27,13 @@ from kvmfs.cpu.cpu import (
     EXIT_SVM,
 )
 from kvmfs.errors import KvmError
-from kvmfs.kvm import events, guest_debug, iodev, irq, kvmclock, msr_filter, sync_regs, vapic
+from kvmfs.kvm import events, guest_debug, iodev, irq, kvmclock, msr_filter, pv_eoi, sync_regs, vapic
 from kvmfs.kvm.cpu_msrs import VcpuMsrs
 from kvmfs.kvm.cpuid import CpuidTable
 from kvmfs.kvm.emulate import bytes_beyond_page, prepare_emulation_failure
 from kvmfs.kvm.msrs import MsrFile
 from kvmfs.kvm.pv import PvMsrs
+from kvmfs.kvm.pv_eoi import PvEoi
 from kvmfs.kvm.regs import linear_rip
 from kvmfs.kvm.stats import VcpuStat
 from kvmfs.kvm.steal_time import StealTime, record_steal_time
@@ -115,6 +116,8 @@ class VcpuArch:
         self.cpuid_changed = True
         self.apic_base = APIC_BASE_RESET
         self.vapic_addr = 0                 # of the client's virtual APIC word, 0: none
+        self.pv_eoi = PvEoi()
+        self.apic_attention = False         # one of these two is in use (Linux: a bit for each)
         self.cr8_before = 0                 # to see the guest lower it
         self.complete_userspace_io: Callable[[Vcpu], int] | None = None
         self.pio_linear_rip: int | None = None  # where the guest was, once the client changes registers
@@ -126,6 +129,7 @@ class VcpuArch:
         self.debug_dr7 = self.singlestep_rip = 0
         self.pdptrs: tuple[int, tuple[int, ...]] | None = None   # a client's own PDPTRs, and the CR3 they are for
         self.enforce_pv_cpuid = False       # KVM_CAP_ENFORCE_PV_FEATURE_CPUID
+        self.pv: PvMsrs
         self.msrs: MsrFile
         self.clock = kvmclock.VcpuClock()
         self.steal_time = StealTime()
@@ -139,6 +143,10 @@ class VcpuArch:
         return {"osxsave": bool(vcpu.cpu.cr4 & CR4_OSXSAVE), "apic_enabled": bool(self.apic_base & 1 << 11),
                 "xcr0": vcpu.cpu.xcr0, "mwait": None if quirk else self.msrs.mwait_enabled,
                 "hlt_in_guest": vcpu.vm.arch.hlt_in_guest}
+
+    def update_apic_attention(self) -> None:
+        """Must be looked after each exit at what the guest's memory says to its local APIC?"""
+        self.apic_attention = bool(self.vapic_addr) or self.pv_eoi.enabled or self.pv_eoi.pending
 
     def mirror_cpuid(self) -> None:
         """Something has changed that CPUID mirrors."""
@@ -168,7 +176,8 @@ def vcpu_create(vcpu: Vcpu) -> None:
     vendor, arch = vcpu.vm.vendor, vcpu.arch
     if vcpu.vcpu_id == vcpu.vm.arch.bsp_vcpu_id:
         arch.apic_base |= 1 << 8
-    arch.msrs = MsrFile(vendor.name, lambda: arch.cpuid, VcpuMsrs(vcpu), vcpu.vm.arch, PvMsrs(vcpu))
+    arch.pv = PvMsrs(vcpu)
+    arch.msrs = MsrFile(vendor.name, lambda: arch.cpuid, VcpuMsrs(vcpu), vcpu.vm.arch, arch.pv)
     arch.msrs.cpuid_mirror_changed = arch.mirror_cpuid
     irq.create_lapic(vcpu)
     vendor.vcpu_create(vcpu)
@@ -194,6 +203,7 @@ def vcpu_reset(vcpu: Vcpu, *, init_event: bool) -> None:
     arch.nmi_injected = arch.nmi_window = arch.interrupt.injected = arch.given = False
     arch.exception.clear()
     arch.event_request = arch.entry_check = True
+    arch.pv.reset()
     cpu.cancel_injection()
     cpu.interrupt_shadow = 0
     cpu.nmi_masked = False
@@ -341,6 +351,8 @@ def _enter_guest(vcpu: Vcpu, run: memoryview, arch: VcpuArch) -> int:
     if arch.event_request:
         arch.stat.req_event += 1
         events.check_and_inject_events(vcpu)
+        if arch.pv_eoi.msr and arch.apic is not None:
+            pv_eoi.sync_to_guest(vcpu, arch.apic)
     if arch.entry_check:
         reason = vcpu.vm.vendor.entry_failure(vcpu)
         if reason:
@@ -359,7 +371,7 @@ def _enter_guest(vcpu: Vcpu, run: memoryview, arch: VcpuArch) -> int:
     arch.stat.exits[kind] += 1
     if arch.given:
         events.complete_events(vcpu)
-    if arch.vapic_addr:
+    if arch.apic_attention:
         vapic.sync_from_guest(vcpu)
     return _HANDLERS[kind](vcpu)
 
@@ -430,6 +442,8 @@ class _SigsetWatch:
 # ---- exits -----------------------------------------------------------------------------------------------
 
 def _exit_none(vcpu: Vcpu) -> int:
+    if vcpu.arch.steal_time.msr:            # perhaps the guest's tick comes, in which it looks
+        vcpu.request_work(record_steal_time)
     return 1
 
 
