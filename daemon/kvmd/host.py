@@ -54,6 +54,7 @@ class RelayedRequest:
 
     data = memoryview(b"")
     interrupted = False
+    context: object = None
 
     def __init__(self, control: Link, message: Message) -> None:
         self.tid, self.nodeid = message.integer("tid"), message.integer("inode")

@@ -127,7 +127,7 @@ def kvm_arch_check_processor_compat(m: Module) -> Iterator[None]:
 @contextlib.contextmanager
 def cpuhp_setup_state(m: Module) -> Iterator[None]:
     """A host CPU that goes offline takes no vCPU thread with it."""
-    vms = m.vms = Vms(m.zygote, m.ops.name if m.ops else "auto", _passthrough(m.options))
+    vms = m.vms = Vms(m.zygote, m.ops.name if m.ops else "auto", _passthrough(m.options), m.options.faults)
     try:
         watch = hotplug.HotplugWatch(lambda cpu: vms.tell("cpu_offline", cpu=cpu))
     except OSError as error:

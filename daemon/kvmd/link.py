@@ -63,6 +63,13 @@ class Message:
             pass
         raise LinkError(f"{self.op}: field {name} is not at most {limit} bytes in hexadecimal")
 
+    def texts(self, name: str, limit: int = 100) -> list[str]:
+        """The field as a list of at most ``limit`` texts; an absent one is empty."""
+        value = self.body.get(name, [])
+        if not isinstance(value, list) or len(value) > limit or not all(isinstance(item, str) for item in value):
+            raise LinkError(f"{self.op}: field {name} is not a list of at most {limit} texts")
+        return value
+
     def items(self, name: str, limit: int) -> list[Message]:
         """The field as a list of at most ``limit`` objects, with the same accessors."""
         value = self.body.get(name)

@@ -16,11 +16,21 @@ from kvmd.link import Link, LinkError
 from kvmd.notified import NotifyServer
 from kvmd.options import Options
 from kvmd.zygote import Zygote
+from kvmfs.api.faults import Faults, RuleError
 from kvmfs.fuse import mount
 
 log = logging.getLogger("kvmd")
 
 LEVELS = ["debug", "info", "warning", "error"]
+
+
+def check_faults(_context: click.Context, _parameter: click.Parameter, rules: tuple[str, ...]) -> tuple[str, ...]:
+    """An option's callback: every rule is one."""
+    try:
+        Faults(rules)
+    except RuleError as error:
+        raise click.BadParameter(str(error)) from None
+    return rules
 
 
 def set_up_log(level: str) -> None:
@@ -97,12 +107,14 @@ def _watch_zygote(module: Module) -> None:
 @click.option("--group", metavar="GROUP", help="Group of the node (default: kvm, else 0).")
 @click.option("--passthrough", type=click.Choice(["auto", "on", "off"]), default="auto", show_default=True,
               help="Share kvm_run by FUSE passthrough, or copy it.")
+@click.option("--fault", "faults", multiple=True, metavar="RULE", callback=check_faults,
+              help="Inject a fault, KVM_CREATE_VCPU:ENOMEM:after=2 for example; may be given more than once (see below).")
 @click.option("--log-level", type=click.Choice(LEVELS), default="info", show_default=True,
               help="What is said on stderr; info: each step of the start, and VMs that come and go.")
 @click.option("--pid-file", type=click.Path(dir_okay=False), help="Write the process id there when ready.")
 @click.option("--ready-fd", type=int, metavar="FD", help='Write "ready" there when the node can be opened.')
 def main(mountpoint: str, vendor: str, mode: str, owner: str | None, group: str | None, passthrough: str,
-         log_level: str, pid_file: str | None, ready_fd: int | None) -> None:
+         faults: tuple[str, ...], log_level: str, pid_file: str | None, ready_fd: int | None) -> None:
     """Serve a fake /dev/kvm as MOUNTPOINT/kvm, in the foreground, until SIGTERM or SIGINT.
 
     MOUNTPOINT is a directory; it is made when it does not exist.  A dead mount that a killed daemon left there is
@@ -111,6 +123,15 @@ def main(mountpoint: str, vendor: str, mode: str, owner: str | None, group: str 
 
     MOUNTPOINT/state says as JSON what runs; 'kvmfs version' shows it.  The exit status is 0 after a signal, 1 when the
     start failed (the log says in which step and why), 2 when the command line is wrong.
+
+    \b
+    Rules of --fault:
+      KVM_CREATE_VCPU:ENOMEM:after=2    an errno, for the third call of a VM and later ones
+      KVM_RUN:INTERNAL_ERROR:at=100     an exit: INTERNAL_ERROR, FAIL_ENTRY, SHUTDOWN, INTR
+      KVM_SET_MSRS:short=1              only so many MSRs are done (also KVM_GET_MSRS)
+      KVM_GET_REGS:delay=0.5            seconds, alone or with one of the above
+      KVM_CAP_IRQFD:absent              CHECK_EXTENSION 0, ENABLE_CAP EINVAL
+      which calls: at=N after=N times=N every=N probability=P seed=N vm=N vcpu=N
 
     \b
     Examples:
@@ -126,7 +147,7 @@ def main(mountpoint: str, vendor: str, mode: str, owner: str | None, group: str 
         raise click.BadParameter(f"{mode!r} is not an octal mode", param_hint="--mode") from None
     mount.clear_stale(mountpoint)       # before anything looks at the path
     try:
-        status = serve(Options(mountpoint, vendor, bits, owner, group, passthrough, pid_file, ready_fd))
+        status = serve(Options(mountpoint, vendor, bits, owner, group, passthrough, pid_file, ready_fd, faults))
     except (OSError, ValueError) as error:
         log.error("%s", error)
         status = 1

@@ -16,6 +16,7 @@ import trio
 
 from kvmd.options import Options
 from kvmfs.api.dispatch import SystemDispatcher
+from kvmfs.api.faults import Faults
 from kvmfs.client.memory import ClientMemory, open_memory
 from kvmfs.fuse import mount
 from kvmfs.fuse.channel import Channel
@@ -66,6 +67,8 @@ class Node:
         self._operations.add_node(NODE_INODE, NODE, mode=options.mode, uid=uid, gid=gid, size=0, data=None)
         kvm = Kvm(ops, self._memory_of, shares_run=vms.passthrough)
         self.dispatcher = SystemDispatcher(kvm, create_vm=vms.create)
+        if options.faults:
+            self.dispatcher.tap([Faults(options.faults)])
         fuse = mount.open_dev_fuse()
         try:
             mount.mount_path(fuse, self.mountpoint)

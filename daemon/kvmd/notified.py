@@ -31,6 +31,7 @@ class NotifiedRequest:
 
     data = memoryview(b"")
     interrupted = False
+    context: object = None
 
     def __init__(self, notifier: Notifier, note: Notification, inode: int) -> None:
         self.tid, self.cmd, self.arg, self.nodeid = note.tid, note.cmd, note.arg, inode

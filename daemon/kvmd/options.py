@@ -27,6 +27,7 @@ class Options:
     passthrough: str = "auto"
     pid_file: str | None = None
     ready_fd: int | None = None
+    faults: tuple[str, ...] = ()        # rules of kvmfs.api.faults
     listeners_fd: int | None = None     # a link over which seccomp listeners come (kvmfs run)
 
     def owner_id(self) -> int:

@@ -9,7 +9,7 @@ import logging
 import os
 import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from kvmd import sandbox
@@ -56,8 +56,9 @@ class Receiver(Protocol):
 class Vms:
     """All VMs of this daemon."""
 
-    def __init__(self, zygote: Zygote, vendor: str, passthrough: bool) -> None:
+    def __init__(self, zygote: Zygote, vendor: str, passthrough: bool, faults: Sequence[str] = ()) -> None:
         self._zygote, self._vendor, self.passthrough = zygote, vendor, passthrough
+        self.faults = list(faults)      # rules that new VMs get
         self._watchdog = Watchdog()
         self._hangs = HangWatch(self.brokers)
         self._lock = threading.Lock()
@@ -151,7 +152,7 @@ class Vms:
                 broker.number, [fuse, requests.fileno(), control.fileno(), process.pidfd, process.mem_fd,
                                 process.task_fd, maps],
                 uid=sandbox.worker_uid(broker.number), tid=process.tid, tgid=process.tgid,
-                device=broker.device, passthrough=int(self.passthrough), vendor=self._vendor,
+                device=broker.device, passthrough=int(self.passthrough), vendor=self._vendor, faults=self.faults,
                 owner_uid=os.geteuid(), owner_gid=os.getegid())
             broker.attach_worker(pid, pidfd)
         finally:

@@ -23,6 +23,8 @@ from kvmd.host import VM_FILE_MODE, RelayedRequest, WorkerHost
 from kvmd.link import Link, LinkError, Message
 from kvmfs import vendor as vendors
 from kvmfs.api.dispatch import VmDispatcher
+from kvmfs.api.faults import Faults
+from kvmfs.api.taps import Tap
 from kvmfs.client.process import Process
 from kvmfs.cpu import engine
 from kvmfs.fuse.channel import Channel
@@ -65,7 +67,8 @@ def main(message: Message, fds: list[int]) -> None:
         host = WorkerHost(link, process, fuse=fuse, maps=maps, device=message.integer("device"),
                           passthrough=bool(message.integer("passthrough", 0, 1)),
                           uid=message.integer("owner_uid"), gid=message.integer("owner_gid"))
-        worker = Worker(message.text("vendor", r"[a-z]+"), host, fuse, Link.from_fd(control))
+        worker = Worker(message.text("vendor", r"[a-z]+"), host, fuse, Link.from_fd(control), number)
+        worker.set_faults(message.texts("faults"))
     except OSError as error:
         link.send("failed", **_link.failure(error))
         return
@@ -75,8 +78,9 @@ def main(message: Message, fds: list[int]) -> None:
 class Worker:
     """Puts the VM, its channel and its file system together."""
 
-    def __init__(self, vendor: str, host: WorkerHost, fuse: int, control: Link) -> None:
-        self._host, self._control = host, control
+    def __init__(self, vendor: str, host: WorkerHost, fuse: int, control: Link, number: int) -> None:
+        self._host, self._control, self._number = host, control, number
+        self._faults: list[Tap] = []
         self.vm = Vm(vendors.load(vendor), host)
         self.dispatcher = VmDispatcher(self.vm)
         self.channel = Channel(fuse, self.dispatcher.ioctl, interrupt=self.dispatcher.interrupt,
@@ -102,6 +106,11 @@ class Worker:
                     log.exception("the VM did not end in order")
             # The other threads are in the kernel or in the guest; nothing of them is left to be done.
             os._exit(0)
+
+    def set_faults(self, rules: list[str]) -> None:
+        """From now on these rules are followed, and no others.  Raises RuleError."""
+        self._faults = [Faults(rules, self._number)] if rules else []
+        self.dispatcher.tap(self._faults)
 
     def _copies(self, inode: int) -> None:
         """There is no passthrough: this vCPU's kvm_run is copied at each KVM_RUN."""

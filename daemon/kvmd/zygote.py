@@ -96,7 +96,8 @@ class Zygote:
 def _import_all() -> None:
     """Every module of the library, also those that are imported late: the checkout may be below a 0700 /root."""
     for module in pkgutil.walk_packages(kvmfs.__path__, "kvmfs."):
-        if not module.name.rpartition(".")[2].startswith("_"):      # a native part: loaded by who uses it
+        # A native part is loaded by who uses it; kvmfs.testing is for clients.
+        if not module.name.rpartition(".")[2].startswith("_") and not module.name.startswith("kvmfs.testing."):
             importlib.import_module(module.name)
 
 

@@ -8,12 +8,13 @@ A number finds its handler in two steps: its line in the table names a function,
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from kvmfs.abi.ioctls import TABLE, Level
 from kvmfs.api import system, vcpu, vm
+from kvmfs.api.taps import Handler, Handlers, Result, Tap, TappedHandlers, tapped
 from kvmfs.errors import KvmError
 from kvmfs.kvm import x86
 from kvmfs.kvm.kvm_main import VCPU_INODE, VCPU_STATS_INODE, VM_INODE, VM_STATS_INODE
@@ -21,9 +22,6 @@ from kvmfs.kvm.kvm_main import VCPU_INODE, VCPU_STATS_INODE, VM_INODE, VM_STATS_
 if TYPE_CHECKING:
     from kvmfs.kvm.host import RequestLike
     from kvmfs.kvm.kvm_main import Kvm, Vm
-
-Result = int | bytes | tuple[int, bytes] | None
-Handler = Callable[[Any, Any], Result]
 
 KVM_RUN, KVM_CREATE_VM = 0xAE80, 0xAE01
 
@@ -39,18 +37,24 @@ class SystemDispatcher:
 
     def __init__(self, kvm: Kvm, create_vm: Callable[[Any, int], Result]) -> None:
         self._kvm, self._create_vm = kvm, create_vm
-        self._handlers = bind(Level.SYSTEM, system)
+        self._bound = {**bind(Level.SYSTEM, system), KVM_CREATE_VM: self._create}
+        self._handlers: Handlers = self._bound
+
+    def tap(self, taps: Sequence[Tap]) -> None:
+        """From now on every ioctl goes through these, the last one first."""
+        self._handlers = TappedHandlers(Level.SYSTEM, self._bound, taps) if taps else self._bound
 
     def ioctl(self, req: Any) -> Result:
         """A channel's handler."""
         handler = self._handlers.get(req.cmd)
-        if handler is not None:
-            return handler(self._kvm, req)
-        if req.cmd == KVM_CREATE_VM:
-            if req.arg:                 # KVM_X86_DEFAULT_VM is the only type (KVM_CAP_VM_TYPES)
-                raise KvmError(errno.EINVAL)
-            return self._create_vm(req, req.arg)
-        raise KvmError(errno.EINVAL)
+        if handler is None:
+            raise KvmError(errno.EINVAL)
+        return handler(self._kvm, req)
+
+    def _create(self, kvm: Kvm, req: Any) -> Result:
+        if req.arg:                     # KVM_X86_DEFAULT_VM is the only type (KVM_CAP_VM_TYPES)
+            raise KvmError(errno.EINVAL)
+        return self._create_vm(req, req.arg)
 
 
 class VmDispatcher:
@@ -58,10 +62,17 @@ class VmDispatcher:
 
     def __init__(self, vm_: Vm) -> None:
         self._vm = vm_
-        self._vm_handlers = bind(Level.VM, vm)
-        self._vcpu_handlers = bind(Level.VCPU, vcpu)
-        self._vcpu_handlers.pop(KVM_RUN, None)
+        self._bound = {Level.VM: bind(Level.VM, vm), Level.VCPU: bind(Level.VCPU, vcpu)}
+        self._bound[Level.VCPU].pop(KVM_RUN, None)
         self._tids: set[int] = set()
+        self.tap(())
+
+    def tap(self, taps: Sequence[Tap]) -> None:
+        """From now on every ioctl goes through these, the last one first."""
+        tables: list[Handlers] = [TappedHandlers(level, handlers, taps) if taps else handlers
+                                  for level, handlers in self._bound.items()]
+        self._vm_handlers, self._vcpu_handlers = tables
+        self._run = tapped(Level.VCPU, x86.ioctl_run, taps)
 
     def ioctl(self, req: Any) -> Result:
         """A channel's handler.
@@ -86,7 +97,7 @@ class VmDispatcher:
                 if req.cmd == KVM_RUN:
                     if req.arg:
                         raise KvmError(errno.EINVAL)
-                    return x86.ioctl_run(v, req)
+                    return self._run(v, req)
                 handler = self._vcpu_handlers.get(req.cmd)
                 if handler is None:
                     raise KvmError(errno.EINVAL)

@@ -2,8 +2,8 @@
 """The pytest plugin: a private node for tests of programs that use KVM.  Loaded by pytest when kvmfs is installed.
 
 Fixtures: ``kvm_node`` (the path of a node of this test run's own) and ``kvm`` (a :class:`kvmfs.testing.Kvm` on it).  Markers on a
-test, class or module choose what that node is: ``kvm_vendor("intel")``.  Where the host cannot have a node the tests are
-skipped, and the reason says what is missing.
+test, class or module choose what that node is: ``kvm_vendor("intel")``, ``kvm_fault("KVM_CREATE_VCPU:ENOMEM")``.  Where the
+host cannot have a node the tests are skipped, and the reason says what is missing.
 ``--kvm-node PATH`` gives them an existing one instead: then tests with a marker are skipped.
 """
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 MARKERS = (
     'kvm_vendor(name): the node of this test presents "intel" or "amd" CPUs.',
+    "kvm_fault(rule, ...): faults that the node of this test injects (kvmfs mount --help has the rules).",
 )
 DEFAULT_NODE = "/dev/kvm"
 STOP_PATIENCE = 20          # seconds for a daemon to end its VMs
@@ -48,10 +49,12 @@ class Wish:
     """What a test's markers ask of its node."""
 
     vendor: str = ""
+    faults: tuple[str, ...] = ()
 
     def options(self) -> list[str]:
         """kvmd's options for it."""
-        return ["--vendor", self.vendor] if self.vendor else []
+        return [*(["--vendor", self.vendor] if self.vendor else []),
+                *(part for fault in self.faults for part in ("--fault", fault))]
 
 
 class DaemonError(Exception):
@@ -109,7 +112,8 @@ class Nodes:
                 pytest.skip(f"{given} is as it is: this test's markers ask for a node of its own")
             return given
         daemon = self._daemons.get(wish)
-        if daemon is not None and not daemon.alive():
+        # What a fault rule has counted so far belongs to one test.
+        if daemon is not None and (wish.faults or not daemon.alive()):
             self._daemons.pop(wish).stop()
             daemon = None
         if daemon is None:
@@ -160,7 +164,7 @@ def _wish_of(item: pytest.Item) -> Wish:
         marker = item.get_closest_marker(name)
         return str(marker.args[0]) if marker else ""
 
-    return Wish(argument("kvm_vendor"))
+    return Wish(argument("kvm_vendor"), tuple(str(rule) for marker in item.iter_markers("kvm_fault") for rule in marker.args))
 
 
 @pytest.fixture

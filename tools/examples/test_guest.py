@@ -67,3 +67,9 @@ def test_a_program_on_the_node(kvm_node: str) -> None:
     """A program of one's own, given the node's path."""
     run = subprocess.run([sys.executable, str(MONITOR), kvm_node], capture_output=True, text=True, timeout=60, check=False)
     assert run.stdout == "Hello from a guest\n", run.stderr
+
+@pytest.mark.kvm_fault("KVM_CREATE_VCPU:ENOMEM")
+def test_the_program_says_why_there_is_no_vcpu(kvm_node: str) -> None:
+    """What no hardware gives on demand: the kernel has no memory for a vCPU."""
+    run = subprocess.run([sys.executable, str(MONITOR), kvm_node], capture_output=True, text=True, timeout=60, check=False)
+    assert (run.returncode, run.stderr) == (1, "monitor: KVM_CREATE_VCPU: Cannot allocate memory\n")

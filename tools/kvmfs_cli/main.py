@@ -10,6 +10,15 @@ import click
 
 _VENDOR = click.option("--vendor", type=click.Choice(["auto", "intel", "amd"]), default="auto", show_default=True,
                        help="Which CPU the guests see: Linux's kvm-intel or kvm-amd; auto: as the host's CPU.")
+def _check_faults(context: click.Context, parameter: click.Parameter, rules: tuple[str, ...]) -> tuple[str, ...]:
+    from kvmd.main import check_faults
+
+    return check_faults(context, parameter, rules) if rules else rules
+
+
+_FAULT = click.option("--fault", "faults", multiple=True, metavar="RULE", callback=_check_faults,
+                      help="Inject a fault, KVM_CREATE_VCPU:ENOMEM:after=2 for example; may be given more than once "
+                           "('kvmfs mount --help' explains the rules).")
 _PASSTHROUGH = click.option("--passthrough", type=click.Choice(["auto", "on", "off"]), default="auto",
                             show_default=True,
                             help="Share kvm_run with the program by FUSE passthrough (Linux 6.9, root), or copy it at each "
@@ -30,12 +39,14 @@ def main() -> None:
               short_help="Run a program whose /dev/kvm is the fake node.")
 @_VENDOR
 @_PASSTHROUGH
+@_FAULT
 @click.option("--node", type=click.Path(), metavar="PATH",
               help="Use the node of a running daemon ('kvmfs mount DIRECTORY' makes DIRECTORY/kvm) and start none.")
 @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="warning",
               show_default=True, help="What the private daemon says on stderr.")
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED, metavar="[--] PROGRAM [ARGUMENT]...")
-def run(vendor: str, passthrough: str, node: str | None, log_level: str, command: tuple[str, ...]) -> None:
+def run(vendor: str, passthrough: str, faults: tuple[str, ...], node: str | None, log_level: str,
+        command: tuple[str, ...]) -> None:
     """Run PROGRAM with the fake node at /dev/kvm.
 
     A private daemon is started, and its node put over /dev/kvm in a private mount namespace: nobody else sees it, it
@@ -54,11 +65,12 @@ def run(vendor: str, passthrough: str, node: str | None, log_level: str, command
       kvmfs run -- build/hello
       kvmfs run --vendor intel -- sh -c 'ls -l /dev/kvm; build/hello'
       kvmfs run -- strace -f -e ioctl build/hello
+      kvmfs run --fault KVM_CREATE_VCPU:ENOMEM -- build/hello
     """
     from kvmfs_cli import run as runner
 
     try:
-        status = runner.run(command, node=node, vendor=vendor, passthrough=passthrough, log_level=log_level)
+        status = runner.run(command, node=node, vendor=vendor, passthrough=passthrough, faults=faults, log_level=log_level)
     except runner.RunError as error:
         click.echo(f"kvmfs run: {error}", err=True)
         status = runner.EXIT_OURS
