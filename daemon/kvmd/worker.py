@@ -29,7 +29,7 @@ from kvmfs.client.process import Process
 from kvmfs.cpu import engine
 from kvmfs.fuse.channel import Channel
 from kvmfs.fuse.operations import NodeOperations
-from kvmfs.kvm import tsc
+from kvmfs.kvm import hyperv_cpuid, tsc
 from kvmfs.kvm.kvm_main import VCPU_INODE, VM_INODE, Vm
 
 log = logging.getLogger("kvmd.worker")
@@ -51,6 +51,7 @@ def preload() -> None:
     sandbox.prepare()
     tsc.tsc_khz()                   # takes a tenth of a second, and privileges
     tsc.host_clock_is_tsc()
+    hyperv_cpuid.smt_possible()
     logging.getLogger("kvmd.worker").debug("zygote is ready")
 
 

@@ -16,7 +16,7 @@ from kvmfs.abi.exits import KVM_API_VERSION
 from kvmfs.abi.flags import KVM_X86_XCOMP_GUEST_SUPP
 from kvmfs.abi.x86 import KVM_MAX_CPUID_ENTRIES
 from kvmfs.errors import KvmError
-from kvmfs.kvm import caps, cpuid, cpuid_supported, mce, msr_lists
+from kvmfs.kvm import caps, cpuid, cpuid_supported, hyperv_cpuid, mce, msr_lists
 from kvmfs.kvm.kvm_main import VCPU_MMAP_SIZE
 
 if TYPE_CHECKING:
@@ -77,6 +77,15 @@ def get_emulated_cpuid(kvm: Kvm, req: RequestLike) -> bytes:
     if nent < len(entries) + cpuid_supported.EMULATED_SPARE:
         raise KvmError(errno.E2BIG)
     return _cpuid_out(memory, req.arg, entries, padding)
+
+
+def get_supported_hv_cpuid(kvm: Kvm, req: RequestLike) -> bytes:
+    """KVM_GET_SUPPORTED_HV_CPUID on the node (KVM_CAP_SYS_HYPERV_CPUID).  E2BIG: room for too few entries; EFAULT."""
+    nent, padding = _CPUID_HEADER.unpack(req.data)
+    entries = hyperv_cpuid.supported(lapic=True)
+    if nent < len(entries):
+        raise KvmError(errno.E2BIG)
+    return _cpuid_out(kvm.memory_of(req), req.arg, entries, padding)
 
 
 def _cpuid_out(memory: Memory, arg: int, entries: Sequence[CpuidEntry], padding: int) -> bytes:

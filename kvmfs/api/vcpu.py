@@ -40,7 +40,7 @@ from kvmfs.api.vcpu_state import (  # noqa: F401 (handlers)
     translate,
 )
 from kvmfs.errors import KvmError
-from kvmfs.kvm import cpuid, events, fpu, irq, msr_lists, regs
+from kvmfs.kvm import cpuid, events, fpu, hyperv, hyperv_cpuid, irq, msr_lists, regs
 
 if TYPE_CHECKING:
     from kvmfs.kvm.host import RequestLike
@@ -170,6 +170,7 @@ def _set_cpuid(vcpu: Vcpu, entries: tuple[cpuid.CpuidEntry, ...]) -> int:
     arch.cpuid = cpuid.set_cpuid(arch.cpuid, entries, has_run=arch.ran, **arch.cpuid_state(vcpu))
     if arch.apic is not None:
         arch.apic.after_set_cpuid()
+    hyperv.after_set_cpuid(vcpu)
     return 0
 
 
@@ -177,6 +178,16 @@ def get_cpuid2(vcpu: Vcpu, req: RequestLike) -> bytes:
     """KVM_GET_CPUID2.  E2BIG: room for too few entries."""
     vcpu.arch.update_cpuid(vcpu)
     return cpuid.get_cpuid2(vcpu.arch.cpuid, vcpu.vm.host.memory, req.arg, req.data)
+
+
+def get_supported_hv_cpuid(vcpu: Vcpu, req: RequestLike) -> bytes:
+    """KVM_GET_SUPPORTED_HV_CPUID (api.rst 4.118).  E2BIG: room for too few entries; EFAULT."""
+    nent, padding = _CPUID_HEADER.unpack(req.data)
+    entries = hyperv_cpuid.supported(lapic=vcpu.arch.apic is not None)
+    if nent < len(entries):
+        raise KvmError(errno.E2BIG)
+    cpuid.store_entries(vcpu.vm.host.memory, req.arg, entries)
+    return _CPUID_HEADER.pack(len(entries), padding)
 
 
 def get_msrs(vcpu: Vcpu, req: RequestLike) -> int:

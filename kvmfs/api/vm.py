@@ -22,6 +22,7 @@ from kvmfs.api.vm_irq import (  # noqa: F401 (handlers)
     get_irqchip,
     get_pit,
     get_pit2,
+    hyperv_eventfd,
     irq_line,
     irq_line_status,
     reinject_control,

@@ -28,7 +28,7 @@ from kvmfs.abi.structs import (
 )
 from kvmfs.abi.x86 import KVM_MAX_IRQ_ROUTES
 from kvmfs.errors import KvmError
-from kvmfs.kvm import irq
+from kvmfs.kvm import hyperv, irq
 from kvmfs.kvm.irq_comm import USERSPACE_IRQ_SOURCE, Irqchip, Route
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 _LEVEL = struct.Struct("<II")                   # struct kvm_irq_level: irq, level
 _STATUS = struct.Struct("<iI")
 _ROUTE = struct.Struct("<IIIIIII20x")           # gsi, type, flags, pad, the union's first three words
+_HYPERV_EVENTFD = struct.Struct("<IiI12x")      # conn_id, fd, flags
 _CHIP_OFFSET = 8                                # of struct kvm_irqchip's union
 MSI_ROUTE = 2
 
@@ -128,6 +129,15 @@ def signal_msi(vm: Vm, req: RequestLike) -> int:
     if msi.flags & ~KVM_MSI_VALID_DEVID:
         raise KvmError(errno.EINVAL)
     return chip.set_msi(Route(0, MSI_ROUTE, address_lo=msi.address_lo, address_hi=msi.address_hi, data=msi.data), True)
+
+
+def hyperv_eventfd(vm: Vm, req: RequestLike) -> int:
+    """KVM_HYPERV_EVENTFD (api.rst 4.112): what signals a connection of Hyper-V's HvSignalEvent.
+
+    EINVAL: flags, id, or no eventfd; EBADF; EEXIST: the connection has one; ENOENT: it has none.
+    """
+    hyperv.set_eventfd(vm, req, *_HYPERV_EVENTFD.unpack(req.data))
+    return 0
 
 
 # ---- the PIT ---------------------------------------------------------------------------------------------

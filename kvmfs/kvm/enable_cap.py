@@ -16,7 +16,7 @@ from kvmfs.abi import flags as F
 from kvmfs.abi.para import KVM_HC_MAP_GPA_RANGE
 from kvmfs.abi.x86 import KVM_MAX_VCPU_IDS
 from kvmfs.errors import KvmError
-from kvmfs.kvm import dirty_log, dirty_ring, irq
+from kvmfs.kvm import dirty_log, dirty_ring, hyperv, irq
 
 if TYPE_CHECKING:
     from kvmfs.kvm.kvm_main import Vcpu, Vm
@@ -44,10 +44,32 @@ def vm_enable_cap(vm: Vm, cap: int, flags: int, argument: int) -> None:
 
 
 def vcpu_enable_cap(vcpu: Vcpu, cap: int, flags: int, argument: int) -> None:
-    """On a vCPU.  EINVAL: flags, or a capability that cannot be enabled here."""
-    if flags or cap != K.KVM_CAP_ENFORCE_PV_FEATURE_CPUID:
+    """On a vCPU.  EINVAL: flags, or a capability that cannot be enabled here; ENOTTY: nested Hyper-V."""
+    handler = VCPU_CAPS.get(cap)
+    if flags or handler is None:
         raise KvmError(errno.EINVAL)
+    handler(vcpu, argument)
+
+
+def _enforce_pv_cpuid(vcpu: Vcpu, argument: int) -> None:
     vcpu.arch.enforce_pv_cpuid = bool(argument)
+
+
+def _hyperv_enforce_cpuid(vcpu: Vcpu, argument: int) -> None:
+    hyperv.set_enforce_cpuid(vcpu, bool(argument))
+
+
+def _hyperv_synic(vcpu: Vcpu, argument: int) -> None:
+    hyperv.activate_synic(vcpu, dont_zero_pages=False)
+
+
+def _hyperv_synic2(vcpu: Vcpu, argument: int) -> None:
+    _only(argument, 0)
+    hyperv.activate_synic(vcpu, dont_zero_pages=True)
+
+
+def _no_nested_hyperv(vcpu: Vcpu, argument: int) -> None:
+    raise KvmError(errno.ENOTTY)
 
 
 def _only(argument: int, valid: int) -> None:
@@ -137,3 +159,13 @@ VM_CAPS: dict[int, Callable[[Vm, int], None]] = {
     K.KVM_CAP_X86_APIC_BUS_CYCLES_NS: irq.set_apic_bus_cycle,
 }
 """capability → what enabling it on a VM does with the first argument."""
+
+VCPU_CAPS: dict[int, Callable[[Vcpu, int], None]] = {
+    K.KVM_CAP_HYPERV_SYNIC: _hyperv_synic,
+    K.KVM_CAP_HYPERV_SYNIC2: _hyperv_synic2,
+    K.KVM_CAP_HYPERV_ENLIGHTENED_VMCS: _no_nested_hyperv,
+    K.KVM_CAP_HYPERV_DIRECT_TLBFLUSH: _no_nested_hyperv,
+    K.KVM_CAP_ENFORCE_PV_FEATURE_CPUID: _enforce_pv_cpuid,
+    K.KVM_CAP_HYPERV_ENFORCE_CPUID: _hyperv_enforce_cpuid,
+}
+"""capability → what enabling it on a vCPU does with the first argument."""

@@ -11,7 +11,7 @@ from kvmfs.abi import apic as A
 from kvmfs.abi import exits as kx
 from kvmfs.abi import para
 from kvmfs.abi.flags import KVM_X86_QUIRK_FIX_HYPERCALL_INSN
-from kvmfs.kvm import events, kvmclock, mmu, regs
+from kvmfs.kvm import events, hyperv_hypercall, kvmclock, mmu, regs
 from kvmfs.kvm.apic_map import ApicMessage
 from kvmfs.kvm.emulate import fetch, skip_emulated_instruction
 from kvmfs.kvm.pv import guest_pv_has
@@ -39,6 +39,8 @@ def emulate_hypercall(vcpu: Vcpu) -> int:
             events.inject_ud(vcpu)
             return 1
         mmu.write_virtual(vcpu, regs.linear_rip(vcpu), own)
+    if hyperv_hypercall.enabled(vcpu):
+        return hyperv_hypercall.hypercall(vcpu)
     wide = regs.is_64_bit_mode(vcpu)
     mask = M64 if wide else M32
     number, a0, a1, a2 = (cpu.gpr(r) & mask for r in (RAX, RBX, RCX, RDX))

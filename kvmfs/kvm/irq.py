@@ -137,6 +137,8 @@ def has_events(vcpu: Vcpu, apic: Lapic) -> bool:
     arch = vcpu.arch
     if apic.pending_events or arch.pv_unhalted or arch.exception.pending or arch.nmi_queued:
         return True
+    if arch.hyperv is not None and arch.hyperv.synic.pending:
+        return True
     if arch.nmi_pending and not vcpu.cpu.nmi_masked and not vcpu.cpu.interrupt_shadow:
         return True
     if not events.interrupt_allowed(vcpu):

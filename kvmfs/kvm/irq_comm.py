@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from kvmfs.abi import apic as A
 from kvmfs.abi.flags import (
+    KVM_IRQ_ROUTING_HV_SINT,
     KVM_IRQ_ROUTING_IRQCHIP,
     KVM_IRQ_ROUTING_MSI,
     KVM_IRQCHIP_IOAPIC,
@@ -22,8 +23,10 @@ from kvmfs.abi.flags import (
     KVM_IRQCHIP_PIC_SLAVE,
     KVM_MSI_VALID_DEVID,
 )
+from kvmfs.abi.hyperv import HV_SYNIC_SINT_COUNT
 from kvmfs.abi.x86 import KVM_IOAPIC_NUM_PINS, KVM_MAX_IRQ_ROUTES
 from kvmfs.errors import KvmError
+from kvmfs.kvm import hyperv
 from kvmfs.kvm.apic_map import ApicMap, ApicMessage, build_map
 from kvmfs.kvm.eventpoll import EventPoll
 from kvmfs.kvm.hrtimer import HrTimers
@@ -33,6 +36,7 @@ from kvmfs.kvm.ioapic import IoApic
 
 if TYPE_CHECKING:
     from kvmfs.kvm.eventfd import Resampler
+    from kvmfs.kvm.hyperv_synic import SynIc
     from kvmfs.kvm.kvm_main import Vcpu, Vm
     from kvmfs.kvm.lapic_core import LapicCore
 
@@ -43,7 +47,10 @@ APIC_BUS_CYCLE_NS_DEFAULT = 1
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """``struct kvm_kernel_irq_routing_entry``: a pin of a controller, or an MSI."""
+    """``struct kvm_kernel_irq_routing_entry``: a pin of a controller, an MSI, or a SynIC's source.
+
+    That source is ``pin`` of the virtual processor with index ``irqchip``.
+    """
 
     gsi: int
     type: int
@@ -155,8 +162,12 @@ class Irqchip:
         """``kvm_notify_acked_irq``."""
         gsi = self.routing.gsi_of.get((irqchip, pin))
         if gsi is not None:
-            for notify in tuple(self.ack_notifiers.get(gsi, ())):
-                notify()
+            self.notify_acked_gsi(gsi)
+
+    def notify_acked_gsi(self, gsi: int) -> None:
+        """``kvm_notify_acked_gsi``."""
+        for notify in tuple(self.ack_notifiers.get(gsi, ())):
+            notify()
 
     def has_notifier(self, irqchip: int, pin: int) -> bool:
         """``kvm_irq_has_notifier``."""
@@ -206,8 +217,24 @@ class Irqchip:
         table = RoutingTable((self._route(*entry) for entry in entries), highest)
         with self.lock:
             self.routing = table
+            self._update_sints(table)
             if self.split:
                 self.request_scan()
+
+    def _update_sints(self, table: RoutingTable) -> None:
+        """``kvm_hv_irq_routing_update``: which GSI a SynIC's source belongs to."""
+        for gsi, routes in table.by_gsi.items():
+            for route in routes:
+                if route.type == KVM_IRQ_ROUTING_HV_SINT:
+                    synic = self._synic(route)
+                    if synic is not None and route.pin < HV_SYNIC_SINT_COUNT:
+                        synic.sint_to_gsi[route.pin] = gsi
+
+    def _synic(self, route: Route) -> SynIc | None:
+        """``synic_get``: the active SynIC of a route's virtual processor."""
+        vcpu = hyperv.vcpu_by_vp_index(self.vm, route.irqchip)
+        hv = vcpu.arch.hyperv if vcpu is not None else None
+        return hv.synic if hv is not None and hv.synic.active else None
 
     def _route(self, gsi: int, kind: int, flags: int, words: tuple[int, int, int]) -> Route:
         allowed = KVM_MSI_VALID_DEVID if kind == KVM_IRQ_ROUTING_MSI else 0
@@ -218,6 +245,8 @@ class Irqchip:
             if self._invalid_msi(route):
                 raise KvmError(errno.EINVAL)
             return route
+        if kind == KVM_IRQ_ROUTING_HV_SINT:
+            return Route(gsi, kind, irqchip=words[0], pin=words[1])
         if kind != KVM_IRQ_ROUTING_IRQCHIP or self.split:
             raise KvmError(errno.EINVAL)
         irqchip, pin, _ = words
@@ -248,6 +277,11 @@ class Irqchip:
     def _set_route(self, route: Route, source: int, level: bool, line_status: bool) -> int:
         if route.type == KVM_IRQ_ROUTING_MSI:
             return self.set_msi(route, level)
+        if route.type == KVM_IRQ_ROUTING_HV_SINT:
+            if not level:
+                return -1
+            synic = self._synic(route)
+            return synic.set_irq(route.pin) if synic is not None else -errno.EINVAL
         if route.irqchip == KVM_IRQCHIP_IOAPIC:
             return self.ioapic.set_irq(route.pin, source, level, line_status) if self.ioapic is not None else -1
         return self.pic.set_irq(route.pin, source, level) if self.pic is not None else -1

@@ -62,7 +62,7 @@ class Vm:
         self.created_vcpus = 0
         self.vcpus: list[Vcpu] = []
         self.max_vcpus = KVM_MAX_VCPUS
-        self.arch = x86.VmArch()
+        self.arch = x86.VmArch(self)
         self.dead = False
         self.mirrored = False       # guest memory is copied at each KVM_RUN (the client is traced)
 
@@ -137,6 +137,7 @@ class Vm:
         self.arch.resumed.set()
         self.kick_all()
         eventfd.release(self)
+        self.arch.hyperv.close()
         if self.arch.irqchip is not None:
             self.arch.irqchip.close()
         for vcpu in self.vcpus:

@@ -208,6 +208,7 @@ def _end_update(vm: Vm) -> None:
 def update_masterclock(vcpu: Vcpu) -> None:
     """KVM_REQ_MASTERCLOCK_UPDATE."""
     clock = vcpu.vm.arch.clock
+    vcpu.vm.arch.hyperv.reference_tsc.request_update()
     with clock.lock:
         _update_gtod_copy(vcpu.vm)
     _end_update(vcpu.vm)
@@ -235,6 +236,7 @@ def set_kvmclock(vm: Vm, data: ClockData) -> None:
     if data.flags & ~VALID_FLAGS:
         raise KvmError(errno.EINVAL)
     clock, value = vm.arch.clock, data.clock
+    vm.arch.hyperv.reference_tsc.request_update()
     with clock.lock:
         _update_gtod_copy(vm)
         if data.flags & F.KVM_CLOCK_REALTIME:
@@ -263,6 +265,10 @@ def guest_time_update(vcpu: Vcpu) -> None:
     mine.updated_ns = kernel_ns
     if mine.pv_time_gpa is not None:
         _write_time_info(vcpu, mine.pv_time_gpa, timestamp, kernel_ns + offset & M64, stable)
+    reference = vcpu.vm.arch.hyperv.reference_tsc
+    if reference.msr:
+        scale = time_scale(NSEC_PER_SEC, tsc.tsc_khz() * 1000)
+        reference.setup(timestamp, kernel_ns + offset & M64, scale, stable=stable)
 
 
 def refresh_guest_time(vcpu: Vcpu) -> None:

@@ -188,9 +188,10 @@ class Lapic(LapicCore):
 
     def read_msr(self, index: int) -> int | None:
         """``kvm_x2apic_msr_read``; None: #GP."""
-        if not self.x2apic_mode:
-            return None
-        offset = index - APIC_BASE_MSR << 4
+        return self.read_msr_register(index - APIC_BASE_MSR << 4) if self.x2apic_mode else None
+
+    def read_msr_register(self, offset: int) -> int | None:
+        """``kvm_lapic_msr_read``: also for Hyper-V's MSRs, whatever the APIC's mode."""
         with self.chip.lock:
             if offset == A.APIC_ICR:
                 high = A.APIC_ICR2 if self._icr_is_split() else A.APIC_ICR + 4
@@ -199,9 +200,10 @@ class Lapic(LapicCore):
 
     def write_msr(self, index: int, value: int) -> bool:
         """``kvm_x2apic_msr_write``; False: #GP."""
-        if not self.x2apic_mode:
-            return False
-        offset = index - APIC_BASE_MSR << 4
+        return self.x2apic_mode and self.write_msr_register(index - APIC_BASE_MSR << 4, value)
+
+    def write_msr_register(self, offset: int, value: int) -> bool:
+        """``kvm_lapic_msr_write``."""
         with self.chip.lock:
             if offset == A.APIC_ICR:
                 return self._write_x2apic_icr(value)

@@ -231,6 +231,10 @@ class LapicCore:
     def ack_interrupt(self, vector: int) -> None:
         """The CPU takes ``vector``."""
         self.irr &= ~(1 << vector)
+        hv = self.vcpu.arch.hyperv
+        if hv is not None and hv.synic.auto_eoi >> vector & 1:
+            self.update_ppr()               # it is over already
+            return
         self.isr |= 1 << vector
         self.highest_isr_cache = vector
         self._compute_ppr()
@@ -274,6 +278,9 @@ class LapicCore:
         self.isr &= ~(1 << vector)
         self.highest_isr_cache = -1
         self.update_ppr()
+        hv = self.vcpu.arch.hyperv
+        if hv is not None and hv.synic.vectors >> vector & 1:
+            hv.synic.send_eoi(vector)
         self.scan()
         if self.handled >> vector & 1:
             if self.chip.split:

@@ -64,6 +64,12 @@ CPU_STATE_MSRS = frozenset((*CPU_ATTRIBUTES, M.MSR_EFER, M.MSR_FS_BASE, M.MSR_GS
 
 
 PV_MSRS = frozenset((*KVM_MSRS, *KVM_MSRS_LAST))
+# Those that Linux hands to its Hyper-V part, which does not know all of them.
+HV_MSRS = frozenset((
+    *range(M.HV_X64_MSR_GUEST_OS_ID, M.HV_X64_MSR_SINT15 + 1), *range(M.HV_X64_MSR_STIMER0_CONFIG, M.HV_X64_MSR_STIMER3_COUNT + 1),
+    *range(M.HV_X64_MSR_SYNDBG_CONTROL, M.HV_X64_MSR_SYNDBG_PENDING_BUFFER + 1), M.HV_X64_MSR_SYNDBG_OPTIONS,
+    *range(M.HV_X64_MSR_CRASH_P0, M.HV_X64_MSR_CRASH_CTL + 1), M.HV_X64_MSR_REENLIGHTENMENT_CONTROL,
+    M.HV_X64_MSR_TSC_EMULATION_CONTROL, M.HV_X64_MSR_TSC_EMULATION_STATUS, M.HV_X64_MSR_TSC_INVARIANT_CONTROL))
 
 
 class CpuMsrs(Protocol):
@@ -89,6 +95,14 @@ class PvMsrs(Protocol):
     def read(self, index: int) -> int | None: ...
 
     def write(self, index: int, value: int, host_initiated: bool) -> bool: ...
+
+
+class HvMsrs(Protocol):
+    """Hyper-V's MSRs (HV_MSRS) of one vCPU."""
+
+    def read(self, index: int, host: bool) -> int | None: ...
+
+    def write(self, index: int, value: int, host: bool) -> bool: ...
 
 
 class MsrPolicy(Protocol):
@@ -130,11 +144,11 @@ class MsrFile:
     """
 
     def __init__(self, vendor: str, cpuid: Callable[[], CpuidTable], cpu: CpuMsrs,
-                 policy: MsrPolicy | None = None, pv: PvMsrs | None = None) -> None:
+                 policy: MsrPolicy | None = None, pv: PvMsrs | None = None, hv: HvMsrs | None = None) -> None:
         self.vendor = vendor
         self.cpuid_mirror_changed: Callable[[], None] = lambda: None     # called when CPUID.MWAIT is to change
         self._policy: MsrPolicy = policy if policy is not None else _DefaultPolicy()
-        self._pv = pv
+        self._pv, self._hv = pv, hv
         self.apic: Lapic | None = None          # where the VM has an irqchip
         self.mcg_cap = KVM_MAX_MCE_BANKS
         self._cpuid, self._cpu = cpuid, cpu
@@ -163,6 +177,8 @@ class MsrFile:
             return self._read_cpu(index)
         if self._pv is not None and index in PV_MSRS:
             return self._pv.read(index)
+        if self._hv is not None and index in HV_MSRS:
+            return self._hv.read(index, host_initiated)
         if index in _APIC_MSRS:
             return self._read_apic(index)
         if index in _OSVW and not self._cpuid().has(C.X86_FEATURE_OSVW):
@@ -217,6 +233,8 @@ class MsrFile:
         """Write; False: the guest gets #GP, the client's KVM_SET_MSRS stops here."""
         if self._pv is not None and index in PV_MSRS:
             return self._pv.write(index, value, host_initiated)
+        if self._hv is not None and index in HV_MSRS:
+            return self._hv.write(index, value, host_initiated)
         writer = _WRITERS.get(index)
         if writer is not None:
             return writer(self, index, value, host_initiated)
@@ -226,6 +244,8 @@ class MsrFile:
         """Of an access that failed: is it because there is no such MSR (KVM_MSR_RET_UNSUPPORTED)?"""
         if index in PV_MSRS:
             return self._pv is None or not self._pv.has(index)
+        if index in HV_MSRS:
+            return self._hv is None
         if index in _VENDORS_OWN and index not in self._values:
             return True
         if write:

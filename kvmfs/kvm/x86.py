@@ -27,10 +27,11 @@ from kvmfs.cpu.cpu import (
     EXIT_SVM,
 )
 from kvmfs.errors import KvmError
-from kvmfs.kvm import events, guest_debug, iodev, irq, kvmclock, msr_filter, pv_eoi, sync_regs, vapic
+from kvmfs.kvm import events, guest_debug, hyperv, iodev, irq, kvmclock, msr_filter, pv_eoi, sync_regs, vapic
 from kvmfs.kvm.cpu_msrs import VcpuMsrs
 from kvmfs.kvm.cpuid import CpuidTable
 from kvmfs.kvm.emulate import bytes_beyond_page, prepare_emulation_failure
+from kvmfs.kvm.hyperv import HvMsrs, HvVcpu, HvVm
 from kvmfs.kvm.msrs import MsrFile
 from kvmfs.kvm.pv import PvMsrs
 from kvmfs.kvm.pv_eoi import PvEoi
@@ -78,7 +79,7 @@ class CpuidState(TypedDict):
 class VmArch:
     """``struct kvm_arch``, as far as it exists."""
 
-    def __init__(self) -> None:
+    def __init__(self, vm: Vm) -> None:
         self.resumed = threading.Event()
         self.resumed.set()
         self.exception_payload_enabled = False
@@ -93,6 +94,7 @@ class VmArch:
         self.msr_filter: MsrFilter | None = None
         self.hlt_in_guest = False           # KVM_X86_DISABLE_EXITS_HLT
         self.clock = kvmclock.VmClock()
+        self.hyperv = HvVm(vm)
         self.irqchip: Irqchip | None = None
         self.x2apic_format = self.x2apic_broadcast_quirk_disabled = False      # KVM_CAP_X2APIC_API
 
@@ -133,6 +135,8 @@ class VcpuArch:
         self.msrs: MsrFile
         self.clock = kvmclock.VcpuClock()
         self.steal_time = StealTime()
+        self.hyperv: HvVcpu | None = None   # see kvmfs.kvm.hyperv
+        self.hyperv_enabled = False         # the guest's CPUID shows Hyper-V
         # kvm_make_request: what is to be done before the next entry; appended to from any thread.
         self.requests: deque[Callable[[Vcpu], None]] = deque()
         self.stat = VcpuStat()
@@ -177,7 +181,7 @@ def vcpu_create(vcpu: Vcpu) -> None:
     if vcpu.vcpu_id == vcpu.vm.arch.bsp_vcpu_id:
         arch.apic_base |= 1 << 8
     arch.pv = PvMsrs(vcpu)
-    arch.msrs = MsrFile(vendor.name, lambda: arch.cpuid, VcpuMsrs(vcpu), vcpu.vm.arch, arch.pv)
+    arch.msrs = MsrFile(vendor.name, lambda: arch.cpuid, VcpuMsrs(vcpu), vcpu.vm.arch, arch.pv, HvMsrs(vcpu))
     arch.msrs.cpuid_mirror_changed = arch.mirror_cpuid
     irq.create_lapic(vcpu)
     vendor.vcpu_create(vcpu)
@@ -346,8 +350,8 @@ def _enter_guest(vcpu: Vcpu, run: memoryview, arch: VcpuArch) -> int:
         arch.triple_fault = False
         _set_reason(run, _EXIT_REASON, kx.KVM_EXIT_SHUTDOWN)
         return 0
-    if arch.requests:
-        process_requests(vcpu)
+    if arch.requests and process_requests(vcpu):
+        return 0
     if arch.event_request:
         arch.stat.req_event += 1
         events.check_and_inject_events(vcpu)
@@ -376,13 +380,18 @@ def _enter_guest(vcpu: Vcpu, run: memoryview, arch: VcpuArch) -> int:
     return _HANDLERS[kind](vcpu)
 
 
-def process_requests(vcpu: Vcpu) -> None:
-    """Requests in the order in which they were made; one may make another."""
+def process_requests(vcpu: Vcpu) -> bool:
+    """Requests in the order in which they were made; one may make another.  True: the client is to be told something."""
     requests = vcpu.arch.requests
     while requests:
         requests.popleft()(vcpu)
     if kvmclock.needs_refresh(vcpu):
         requests.append(kvmclock.refresh_guest_time)
+    hv = vcpu.arch.hyperv
+    if hv is None or not hv.exit_pending:
+        return False
+    hyperv.exit_to_client(vcpu, hv)
+    return True
 
 
 def _post_run_save(vcpu: Vcpu) -> None:

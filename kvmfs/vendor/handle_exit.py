@@ -15,7 +15,7 @@ from kvmfs.abi import exits as kx
 from kvmfs.abi.cpuid import X86_FEATURE_MWAIT
 from kvmfs.abi.flags import KVM_X86_QUIRK_MWAIT_NEVER_UD_FAULTS
 from kvmfs.abi.x86 import CR4_OSXSAVE
-from kvmfs.kvm import events, irq, msr_filter, regs, xsave
+from kvmfs.kvm import events, hyperv, irq, msr_filter, regs, xsave
 from kvmfs.kvm.emulate import (
     complete_insn_gp,
     decode,
@@ -68,7 +68,10 @@ def _hlt(vcpu: Vcpu) -> int:
 def _cpuid(vcpu: Vcpu) -> int:
     cpu = vcpu.cpu
     vcpu.arch.update_cpuid(vcpu)
-    values = vcpu.arch.cpuid.cpuid(cpu.gpr(RAX) & M32, cpu.gpr(RCX) & M32)
+    leaf = cpu.gpr(RAX) & M32
+    values = vcpu.arch.cpuid.cpuid(leaf, cpu.gpr(RCX) & M32)
+    if leaf == hyperv.CPUID_POWER and hyperv.invtsc_suppressed(vcpu):
+        values = (*values[:3], values[3] & ~hyperv.INVARIANT_TSC)
     for index, value in zip((RAX, RBX, RCX, RDX), values, strict=True):
         cpu.set_gpr(index, value)
     return skip_emulated_instruction(vcpu, 2)

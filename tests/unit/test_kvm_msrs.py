@@ -11,7 +11,7 @@ from kvmfs.abi import cpuid as C
 from kvmfs.abi import msrs as M
 from kvmfs.kvm import cpuid_supported, msr_lists, mtrr
 from kvmfs.kvm.cpuid import CpuidEntry, CpuidTable
-from kvmfs.kvm.msrs import CPU_STATE_MSRS, M64, PV_MSRS, MsrFile, apic_base_valid, canonical
+from kvmfs.kvm.msrs import CPU_STATE_MSRS, HV_MSRS, M64, PV_MSRS, MsrFile, apic_base_valid, canonical
 
 NON_CANONICAL = 1 << 47
 GUEST = {"host_initiated": False}
@@ -95,6 +95,8 @@ def test_every_listed_msr_can_be_read_and_written_back(vendor, msrs):
     listed = msr_lists.index_list(vendor)
     assert len(set(listed)) == len(listed)
     for index in listed:
+        if index in HV_MSRS:
+            continue                        # test_kvm_hyperv.py
         value = msrs.get(index, **HOST)
         assert value is not None, hex(index)
         assert msrs.set(index, value, **HOST), hex(index)
