@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from kvmd.link import Link, LinkError, Message
 from kvmfs.client.mirror import Mirror
 from kvmfs.kvm.host import EventFd
+from kvmfs.kvm.steal_time import RunDelays
 
 if TYPE_CHECKING:
     from kvmfs.client.memory import ClientMemory
@@ -86,6 +87,7 @@ class WorkerHost:
     def __init__(self, link: Link, process: Process, *, fuse: int, maps: int, device: int, passthrough: bool,
                  uid: int, gid: int) -> None:
         self.process = process
+        self._delays = RunDelays(process.task_fd)
         self.memory: ClientMemory = process.memory
         self.owns: Callable[[int], bool] = process.owns
         self.may_block: Callable[[], None] = lambda: None
@@ -270,7 +272,11 @@ class WorkerHost:
             except OSError:
                 self._views.forget(inode)
 
-    # ---- the client's signals -----------------------------------------------------------------------
+    # ---- the client's threads -----------------------------------------------------------------------
+
+    def run_delay(self, tid: int) -> int:
+        """Nanoseconds for which the client's thread ``tid`` has waited for a CPU; 0 when that is not known."""
+        return self._delays.of(tid)
 
     def signals_pending(self, tid: int, mask: int) -> bool:
         """Does thread ``tid`` have a pending signal that is not in ``mask`` (bit n-1: signal n)?"""

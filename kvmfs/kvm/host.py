@@ -116,5 +116,8 @@ class Host(Protocol):
     def kvm_run_copy_out(self, inode: int, page: memoryview) -> None:
         """Without passthrough: bring ``page`` into the client's view of kvm_run."""
 
+    def run_delay(self, tid: int) -> int:
+        """Nanoseconds for which the client's thread ``tid`` has waited for a CPU; 0 when that is not known."""
+
     def signals_pending(self, tid: int, mask: int) -> bool:
         """Does thread ``tid`` have a pending signal that is not in ``mask`` (bit n-1: signal n)?"""

@@ -84,6 +84,11 @@ class FakeHost:
     def finish(self, req, result):
         req.reply(result)
 
+    client_delay = 0
+
+    def run_delay(self, tid):
+        return self.client_delay
+
     def signals_pending(self, tid, mask):
         return False
 
