@@ -12,12 +12,26 @@ from types import FrameType
 
 from kvmfs.abi.ioctls import TABLE, Level
 
-from . import device, generic, system, vcpu, vcpu_cpuid, vcpu_events, vcpu_guests, vcpu_regs, vcpu_run, vm, vm_irq, vm_memory
+from . import (
+    device,
+    generic,
+    system,
+    vcpu,
+    vcpu_cpuid,
+    vcpu_events,
+    vcpu_guests,
+    vcpu_para,
+    vcpu_regs,
+    vcpu_run,
+    vm,
+    vm_irq,
+    vm_memory,
+)
 from .differences import Differences
 from .model import CASES, LEVEL_NAMES, Case, Check, Node, Outcome, Skip, Status, Stop, Trial
 
 PATIENCE = 20       # seconds for one case
-_MODULES = (system, vm, vm_memory, vm_irq, vcpu_regs, vcpu_cpuid, vcpu_events, vcpu, vcpu_run, vcpu_guests, device)
+_MODULES = (system, vm, vm_memory, vm_irq, vcpu_regs, vcpu_cpuid, vcpu_events, vcpu, vcpu_run, vcpu_guests, vcpu_para, device)
 _ORDER = {entry.name: i for i, entry in enumerate(TABLE)}
 _LEVELS = list(LEVEL_NAMES)
 
