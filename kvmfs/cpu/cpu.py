@@ -232,6 +232,12 @@ class Cpu(StateFields):
         """Nanoseconds that it was ready to run while other vCPUs had the engine."""
         return self._info.waited
 
+    def tell_preemption(self, gpa: int) -> None:
+        """While others have the engine the byte at gpa is 1 (KVM_VCPU_PREEMPTED); the guest may add 2: flush the TLB then.
+
+        gpa: guest memory that can be written, 0: nowhere. It is forgotten when that memory goes."""
+        self._info.preempted_gpa = gpa
+
     def clear_kick(self) -> None:
         """Forget a kick that has not ended a run yet."""
         self._info.kick = 0

@@ -183,6 +183,7 @@ class VcpuInfo(ctypes.Structure):
         ("kick", ctypes.c_int32),
         ("yield_", ctypes.c_int32),
         ("waited", ctypes.c_uint64),
+        ("preempted_gpa", ctypes.c_uint64),
     )
     exit: ExitInfo
     state: int
@@ -203,6 +204,7 @@ class VcpuInfo(ctypes.Structure):
     kick: int
     yield_: int
     waited: int
+    preempted_gpa: int
 
 
 @functools.cache

@@ -261,6 +261,8 @@ static int complete(Vcpu *v) {
     }
 }
 
+enum { PREEMPTED = 1, PREEMPTED_FLUSH_TLB = 2 }; // KVM_VCPU_*
+
 static u64 monotonic_ns(void) {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
@@ -294,6 +296,10 @@ static void enter(Engine *e, Vcpu *v, int quick) {
         v->state = e->env;
     }
     if (e->nbreaks || v->bp_dr7 & 0xff) sync_breaks(e, v);
+    if (v->preempted_gpa) {
+        if (e->window[v->preempted_gpa] & PREEMPTED_FLUSH_TLB) v->flush = 1;
+        if (e->window[v->preempted_gpa]) e->window[v->preempted_gpa] = 0;
+    }
     if (e->last != v || v->flush) {
         e->last = v;
         v->flush = 0;
@@ -378,6 +384,7 @@ int nv_run(Vcpu *v) {
             kind = finish(v, v->exit.kind);
         }
         atomic_store(&v->yield, 0);
+        if (!kind && v->preempted_gpa) e->window[v->preempted_gpa] = PREEMPTED;
         leave_engine(e, v);
         if (kind) return v->exit.kind = kind;
     }

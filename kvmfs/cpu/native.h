@@ -86,6 +86,7 @@ typedef struct Vcpu {
     int32_t ud_exits;     // #UD is reported, not delivered
     atomic_int kick, yield;
     u64 waited;           // nanoseconds that it was ready to run while others had the engine
+    u64 preempted_gpa;    // where the guest wants to see that (kvm_steal_time.preempted), 0 nowhere
     // private
     struct Engine *e;
     char *image;

@@ -188,6 +188,8 @@ int nv_unmap(Engine *e, u64 gpa) {
         Region r = e->region[i];
         settle_walk(e);
         drop_code(e, gpa, r.size);
+        for (int c = 0; c < e->ncpus; c++)
+            if (e->cpus[c]->preempted_gpa - gpa < r.size) e->cpus[c]->preempted_gpa = 0;
         e->nlogged -= r.log != NULL;
         memmove(&e->region[i], &e->region[i + 1], (--e->nregions - i) * sizeof r);
         int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED;

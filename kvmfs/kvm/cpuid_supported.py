@@ -25,8 +25,7 @@ from kvmfs.kvm.cpuid import (
     xstate_required_size,
 )
 
-# KVM's paravirtual features, all that Linux has.  Nobody's memory says KVM_VCPU_PREEMPTED, so that no guest leaves a
-# TLB flush to us; one that is asked for is done.
+# KVM's paravirtual features, all that Linux has.
 KVM_FEATURES = (
     para.KVM_FEATURE_CLOCKSOURCE, para.KVM_FEATURE_NOP_IO_DELAY, para.KVM_FEATURE_CLOCKSOURCE2, para.KVM_FEATURE_ASYNC_PF,
     para.KVM_FEATURE_PV_EOI, para.KVM_FEATURE_PV_UNHALT, para.KVM_FEATURE_PV_TLB_FLUSH,

@@ -62,6 +62,7 @@ class PvMsrs:
         arch = self._vcpu.arch
         arch.steal_time.msr = arch.clock.time = 0
         arch.clock.pv_time_gpa = None
+        self._vcpu.cpu.tell_preemption(0)
 
     def has(self, index: int) -> bool:
         """Is MSR ``index`` one of KVM's that the guest may use?"""
@@ -119,6 +120,7 @@ class PvMsrs:
         if value & para.KVM_STEAL_RESERVED_MASK or not steal_time.available():
             return False
         self._vcpu.arch.steal_time.msr = value
+        self._vcpu.cpu.tell_preemption(0)           # until the first record is written
         if value & KVM_MSR_ENABLED:
             self._vcpu.request_work(steal_time.record_steal_time)
         return True

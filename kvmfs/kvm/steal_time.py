@@ -121,6 +121,7 @@ def record_steal_time(vcpu: Vcpu) -> None:
         slots.write(gpa + 8, _U32.pack(version))
         slots.write(gpa, _HEAD.pack(total + lost & (1 << 64) - 1, version, flags))
         slots.write(gpa + 8, _U32.pack(version + 1 & 0xFFFFFFFF))
+        vcpu.cpu.tell_preemption(gpa + _PREEMPTED)
     except (KvmError, OSError):
         return
     vcpu.vm.engine.invalidate(gpa, _SIZE)

@@ -250,6 +250,33 @@ def test_waiting_for_another_vcpu_is_stolen_time(machine):
         assert struct.unpack("<Q", m.read(0x3800 + 64 * i, 8))[0] >= 5_000_000
 
 
+@pytest.mark.skipif(not steal_time.available(), reason="this kernel does not count")
+def test_a_vcpu_sees_that_another_one_waits(machine):
+    """... and leaves a TLB flush to the host, which is done before that one goes on."""
+    m = machine("amd", """
+        again: mov al, [0x3850]; cmp al, 1; jne again
+        lock inc dword ptr [0x3e00]
+        lock or byte ptr [0x3850], 2
+        jmp again
+    """, vcpus=2)
+    second = m.vm.vcpus[1]
+    m.write(0xA000, b"\xeb\xfe")                            # jmp .
+    second.arch.mp_state = 0
+    second.cpu.set_segment(1, 0, 0, 0xFFFF, 0x9B)
+    second.cpu.rip = 0xA000
+    second.cpu.commit_state()
+    assert set_msr(m, M.MSR_KVM_STEAL_TIME, 0x3841, node=VCPU_INODE + 1) == 1
+    others, mine = m.start(1), m.start()
+    eventually(lambda: count(m, 0x3E00) > 20)               # each time that the other one's slice ends
+    mine.stop()
+    eventually(lambda: m.read(0x3850, 1) == b"\0")          # alone it always has its turn
+    others.stop()
+    # The memory goes: nothing is written there any more.
+    assert second.cpu._info.preempted_gpa == 0x3850
+    assert m.region(0, 0, 0, 0, 0) == 0
+    assert second.cpu._info.preempted_gpa == 0
+
+
 def test_a_flush_that_was_left_to_the_host(machine):
     m = machine("amd", DONE)
     assert set_msr(m, M.MSR_KVM_STEAL_TIME, 0x3801) == 1
