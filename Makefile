@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 PYTHON := .venv/bin/python
 
-.PHONY: all setup clients run boot test clean
+.PHONY: all setup clients run boot selftests test clean
 
 all: setup clients
 
@@ -20,7 +20,14 @@ run: setup clients
 boot: setup
 	tools/boot.sh
 
+# Linux's own KVM selftests, from Debian's linux-source-6.12, on the fake node, both vendors.
+selftests: setup
+	tools/selftests/build.sh
+	$(PYTHON) tools/selftests/run.py
+
+# The fast ones of the kernel's selftests belong to it; where their source cannot be had they are skipped.
 test: setup clients
+	tools/selftests/build.sh $$($(PYTHON) tools/selftests/run.py --fast --list) || true
 	.venv/bin/ruff check .
 	.venv/bin/mypy
 	$(PYTHON) -m pytest
