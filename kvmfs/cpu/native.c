@@ -269,7 +269,8 @@ static u64 monotonic_ns(void) {
     return t.tv_sec * 1000000000ull + t.tv_nsec;
 }
 
-// The engine runs one vCPU at a time; waiters are served in order and get it after a slice, or at once.
+// The engine runs one vCPU at a time; waiters are served in order and get it after a slice, or at once. The first of them sees
+// to it that the slice ends; the others sleep until they are the first.
 static void enter(Engine *e, Vcpu *v, int quick) {
     pthread_mutex_lock(&e->m);
     u64 my = e->ticket++;
@@ -277,12 +278,17 @@ static void enter(Engine *e, Vcpu *v, int quick) {
         u64 since = v ? monotonic_ns() : 0;
         e->quick += quick;
         while (e->serving != my) {
+            pthread_cond_t *c = &e->c[my % QUEUES];
             if (e->quick && e->owner) stop(e->owner, &e->owner->yield);
+            if (!quick && my != e->serving + 1) {
+                pthread_cond_wait(c, &e->m);
+                continue;
+            }
             struct timespec t;
             clock_gettime(CLOCK_REALTIME, &t);
             t.tv_nsec += e->quick ? 100000 : 1000000;
             if (t.tv_nsec >= 1000000000) { t.tv_nsec -= 1000000000; t.tv_sec++; }
-            if (pthread_cond_timedwait(&e->c, &e->m, &t) == ETIMEDOUT && e->owner) stop(e->owner, &e->owner->yield);
+            if (pthread_cond_timedwait(c, &e->m, &t) == ETIMEDOUT && e->owner) stop(e->owner, &e->owner->yield);
         }
         e->quick -= quick;
         if (v) v->waited += monotonic_ns() - since;
@@ -317,9 +323,10 @@ static void leave_engine(Engine *e, Vcpu *v) {
     }
     pthread_mutex_lock(&e->m);
     e->owner = NULL;
-    int waiters = e->ticket - ++e->serving;
+    u64 next = ++e->serving, waiters = e->ticket - next;
     pthread_mutex_unlock(&e->m);
-    if (waiters) pthread_cond_broadcast(&e->c);
+    if (waiters) pthread_cond_broadcast(&e->c[next % QUEUES]);
+    if (waiters > 1) pthread_cond_broadcast(&e->c[(next + 1) % QUEUES]);
 }
 
 void nv_lock(Engine *e) { enter(e, NULL, 1); }

@@ -44,7 +44,8 @@ enum { TLB_INVALID = 1 << 11, TLB_MMIO_BIT = 1 << 9 };
 enum { EXIT_NONE, EXIT_SVM, EXIT_IO_IN, EXIT_IO_OUT, EXIT_MMIO_READ, EXIT_MMIO_WRITE, EXIT_FETCH, EXIT_ERROR,
        EXIT_ALONE }; // the last stays in here: the next instruction is to be executed by itself
 enum { PEND_NONE, PEND_OUT, PEND_IN, PEND_INS, PEND_MMIO };
-enum { MAX_KNOWN = 128, MAX_EVENTS = 128, SCRATCH_PAGES = 4, IO_DATA = 1024, MAX_CPUS = 4096 };
+enum { MAX_KNOWN = 128, MAX_EVENTS = 128, SCRATCH_PAGES = 4, IO_DATA = 1024, MAX_CPUS = 4096,
+       QUEUES = 64 };
 #define GPA_END (1ull << 40)      // QEMU's physical addresses have 40 bits
 #define NOT_RAM (1ull << 45)      // in the TLB: the page has no memory, or only to read
 #define AUX_BASE (1ull << 46)     // the vCPUs' VMCBs: no page table entry reaches them
@@ -131,7 +132,7 @@ typedef struct Engine {
     Vcpu *last;    // whose translations the TLB holds
     Vcpu *owner;
     pthread_mutex_t m;
-    pthread_cond_t c;
+    pthread_cond_t c[QUEUES]; // where ticket n waits: n % QUEUES
     u64 ticket, serving;
     u64 breaks[4]; // execution breakpoints that the translator has
     void *break_ref[4];

@@ -87,7 +87,7 @@ int nv_engine_new(const char *path, char *uc, const int *insns, Engine **out) {
     e->scratch = mmap(NULL, 4096 * SCRATCH_PAGES, PROT_READ | PROT_WRITE, flags, -1, 0);
     if (e->code == MAP_FAILED || e->scratch == MAP_FAILED) return 2;
     pthread_mutex_init(&e->m, NULL);
-    pthread_cond_init(&e->c, NULL);
+    for (int i = 0; i < QUEUES; i++) pthread_cond_init(&e->c[i], NULL);
     int i = 0;
     while (engines[i]) i++;
     if (i == MAX_CPUS) return 2;
