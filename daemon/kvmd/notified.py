@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from kvmd.link import Link, LinkError
 from kvmd.vms import identity_of
+from kvmfs.abi.ioctls import KVM_CREATE_DEVICE
 from kvmfs.client.notify import Notification, Notifier
 from kvmfs.client.process import Process
 
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from kvmd.vms import Vms
 
 log = logging.getLogger("kvmd.notified")
+
+_DEVICE_FD_AT = 4       # in struct kvm_create_device
 
 
 class NotifiedRequest:
@@ -127,6 +130,11 @@ class NotifyServer:
             notifier.respond(note.id, max(result, 0), max(-result, 0))
             return
         try:
-            notifier.add_fd_and_return(note.id, file)
+            if note.cmd == KVM_CREATE_DEVICE:
+                number = notifier.add_fd(note.id, file)
+                broker.process.memory.write(note.arg + _DEVICE_FD_AT, number.to_bytes(4, "little"))
+                notifier.respond(note.id, 0)
+            else:
+                notifier.add_fd_and_return(note.id, file)
         finally:
             os.close(file)

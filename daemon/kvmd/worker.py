@@ -30,7 +30,7 @@ from kvmfs.cpu import engine
 from kvmfs.fuse.channel import Channel
 from kvmfs.fuse.operations import NodeOperations
 from kvmfs.kvm import hyperv_cpuid, tsc
-from kvmfs.kvm.kvm_main import VCPU_INODE, VM_INODE, Vm
+from kvmfs.kvm.kvm_main import DEVICE_INODE, VCPU_INODE, VM_INODE, Vm
 
 log = logging.getLogger("kvmd.worker")
 
@@ -124,6 +124,8 @@ class Worker:
 
     def _released(self, inode: int) -> None:
         self._open_files -= 1
+        if inode == DEVICE_INODE:
+            self.vm.vfio.release()
         if self._open_files == 0:
             pyfuse3.terminate()         # pyfuse3 calls this in its own loop
 

@@ -13,11 +13,11 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from kvmfs.abi.ioctls import TABLE, Level
-from kvmfs.api import system, vcpu, vm
+from kvmfs.api import device, system, vcpu, vm
 from kvmfs.api.taps import Handler, Handlers, Result, Tap, TappedHandlers, tapped
 from kvmfs.errors import KvmError
 from kvmfs.kvm import x86
-from kvmfs.kvm.kvm_main import VCPU_INODE, VCPU_STATS_INODE, VM_INODE, VM_STATS_INODE
+from kvmfs.kvm.kvm_main import DEVICE_INODE, VCPU_INODE, VCPU_STATS_INODE, VM_INODE, VM_STATS_INODE
 
 if TYPE_CHECKING:
     from kvmfs.kvm.host import RequestLike
@@ -58,11 +58,12 @@ class SystemDispatcher:
 
 
 class VmDispatcher:
-    """ioctls on a VM's files: the VM itself and its vCPUs, told apart by inode."""
+    """ioctls on a VM's files: the VM itself, its vCPUs and devices, told apart by inode."""
 
     def __init__(self, vm_: Vm) -> None:
         self._vm = vm_
-        self._bound = {Level.VM: bind(Level.VM, vm), Level.VCPU: bind(Level.VCPU, vcpu)}
+        self._bound = {Level.VM: bind(Level.VM, vm), Level.VCPU: bind(Level.VCPU, vcpu),
+                       Level.DEVICE: bind(Level.DEVICE, device)}
         self._bound[Level.VCPU].pop(KVM_RUN, None)
         self._tids: set[int] = set()
         self.tap(())
@@ -71,7 +72,7 @@ class VmDispatcher:
         """From now on every ioctl goes through these, the last one first."""
         tables: list[Handlers] = [TappedHandlers(level, handlers, taps) if taps else handlers
                                   for level, handlers in self._bound.items()]
-        self._vm_handlers, self._vcpu_handlers = tables
+        self._vm_handlers, self._vcpu_handlers, self._device_handlers = tables
         self._run = tapped(Level.VCPU, x86.ioctl_run, taps)
 
     def ioctl(self, req: Any) -> Result:
@@ -104,9 +105,12 @@ class VmDispatcher:
                 return handler(v, req)
             finally:
                 mutex.release()
-        if req.nodeid != VM_INODE:
-            raise KvmError(errno.ENOTTY)
-        handler = self._vm_handlers.get(req.cmd)
+        if req.nodeid == VM_INODE:
+            handler = self._vm_handlers.get(req.cmd)
+        elif req.nodeid == DEVICE_INODE:
+            handler = self._device_handlers.get(req.cmd)
+        else:
+            handler = None                      # statistics
         if handler is None:
             raise KvmError(errno.ENOTTY)
         return handler(vm_, req)

@@ -12,6 +12,7 @@ from ctypes import sizeof
 from typing import TYPE_CHECKING
 
 from kvmfs.abi.structs import KvmEncRegion
+from kvmfs.api.device import create_device  # noqa: F401 (a handler)
 from kvmfs.api.stats import vm_stats_fd as get_stats_fd  # noqa: F401 (a handler)
 from kvmfs.api.vm_caps import enable_cap, set_boot_cpu_id, set_nr_mmu_pages, x86_set_msr_filter  # noqa: F401 (handlers)
 from kvmfs.api.vm_clock import get_clock, get_tsc_khz, set_clock, set_tsc_khz  # noqa: F401 (handlers)

@@ -152,9 +152,13 @@ class Notifier:
                 raise
         # Before 5.14 in two steps; a caller that is interrupted between them keeps a descriptor that it
         # does not know.
-        number = self._add(_ADDFD.pack(ident, 0, fd, 0, flags))
+        number = self.add_fd(ident, fd, cloexec=cloexec)
         self.respond(ident, number)
         return number
+
+    def add_fd(self, ident: int, fd: int, *, cloexec: bool = True) -> int:
+        """Give the caller a duplicate of `fd`, and let it wait on; returns the number.  Errors as above."""
+        return self._add(_ADDFD.pack(ident, 0, fd, 0, os.O_CLOEXEC if cloexec else 0))
 
     def respond(self, ident: int, result: int, error: int = 0) -> None:
         """Let the ioctl return `result`, or -1 with errno `error` when that is not 0."""

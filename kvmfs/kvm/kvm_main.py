@@ -63,6 +63,7 @@ class Vm:
         self.vcpus: list[Vcpu] = []
         self.max_vcpus = KVM_MAX_VCPUS
         self.arch = x86.VmArch(self)
+        self.vfio = threading.Lock()    # held while there is a kvm-vfio device
         self.dead = False
         self.mirrored = False       # guest memory is copied at each KVM_RUN (the client is traced)
 
