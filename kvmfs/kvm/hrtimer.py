@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Timers of a VM's devices, in nanoseconds of CLOCK_MONOTONIC: one thread for all, started by the first.
 
-Functions run in that thread with the interrupt controllers' lock held, as everything that sets or cancels a
-timer does: a timer that was cancelled does not fire any more.
+Functions run in that thread, or in that of a vCPU that is halted, with the interrupt controllers' lock held, as everything
+that sets or cancels a timer does: a timer that was cancelled does not fire any more.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 
 NSEC_PER_SEC = 1_000_000_000
+SLACK = 300_000                 # ns that the thread leaves to a halted vCPU that waits for the same timer
 log = logging.getLogger("kvmfs.hrtimer")
 now_ns = time.monotonic_ns
 
@@ -52,6 +53,30 @@ class HrTimers:
         self._count = 0
         self._thread: threading.Thread | None = None
         self._closed = False
+        self._sleeper = False           # a halted vCPU waits for the first timer
+
+    def sleep(self, wake: threading.Event) -> None:
+        """Wait for ``wake``, firing timers meanwhile: a halted vCPU's own tick then costs no change of threads.
+
+        One vCPU at a time does so; returns also when a timer may have come.
+        """
+        with self._changed:
+            wait = 0
+            while not self._sleeper and wait == 0:
+                left = self._fire()
+                if left is None:
+                    break
+                wait = max(left, 0)
+            if wait:
+                self._sleeper = True
+        if not wait:
+            wake.wait()
+            return
+        try:
+            wake.wait(wait / NSEC_PER_SEC)
+        finally:
+            with self._changed:
+                self._sleeper = False
 
     def add(self, timer: HrTimer) -> None:
         self._count += 1
@@ -83,8 +108,10 @@ class HrTimers:
         with self._changed:
             while not self._closed:
                 wait = self._fire()
-                if wait is None or wait > 0:
-                    self._changed.wait(None if wait is None else wait / NSEC_PER_SEC)
+                if wait is None:
+                    self._changed.wait()
+                elif wait > 0:
+                    self._changed.wait((wait + SLACK * self._sleeper) / NSEC_PER_SEC)
 
     def _fire(self) -> int | None:
         """Fire the first timer if it is due; how long to wait then."""

@@ -174,7 +174,7 @@ def wait_for_event(vcpu: Vcpu, apic: Lapic, stop: Callable[[], bool]) -> bool:
             if runnable(vcpu, apic) or apic.timer.has_pending or stop():
                 return waited
             waited = True
-            wake.wait()
+            apic.chip.timers.sleep(wake)
     finally:
         stat.blocking = 0
 
