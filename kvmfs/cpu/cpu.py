@@ -60,6 +60,7 @@ _RFLAGS_AT: Final = _offset(CpuState, "rflags")
 _TPR_AT: Final = _offset(CpuState, "v_tpr")
 _INTR_AT: Final = _offset(VcpuInfo, "intr_vector") // 4
 _EXC_AT: Final = _offset(VcpuInfo, "exc_vector") // 4
+_SUSPECT_AT: Final = _offset(VcpuInfo, "suspect") // 4
 _IO_EXIT: Final = Struct("<4I").unpack_from
 _FLAGS: Final = Struct(f"<Q{_offset(CpuState, 'hflags') - _RFLAGS_AT - 8}xI").unpack_from
 _HF2_GIF, _HF2_NMI, _HF2_VINTR_MASKING = 1, 4, 8
@@ -227,6 +228,13 @@ class Cpu(StateFields):
         """From any thread: the next entry starts with an empty TLB."""
         self._info.flush = 1
 
+    def suspect_code(self) -> None:
+        """Others may have written guest memory since this vCPU ran: code is compared before it is executed again.
+
+        Interrupts and NMIs imply it. Not needed for what :meth:`Engine.invalidate` was told.
+        """
+        self._ints[_SUSPECT_AT] = 1
+
     @property
     def waited(self) -> int:
         """Nanoseconds that it was ready to run while other vCPUs had the engine."""
@@ -247,6 +255,7 @@ class Cpu(StateFields):
     def inject_interrupt(self, vector: int) -> None:
         """Deliver an external interrupt at the next entry (or, when it is not allowed yet, as soon as it is)."""
         self._info.intr_vector = vector
+        self._info.suspect = 1      # whoever caused it may have written memory before
 
     @property
     def interrupt_allowed(self) -> bool:
@@ -261,6 +270,7 @@ class Cpu(StateFields):
     def inject_nmi(self) -> None:
         """Deliver an NMI at the next entry, or when the guest's IRET ends NMI blocking."""
         self._info.nmi = 1
+        self._info.suspect = 1
 
     def inject_exception(self, vector: int, error_code: int | None = None, *, soft: bool = False, length: int = 0) -> None:
         """Deliver an exception before the next instruction, with double-fault rules; CR2 is the caller's.

@@ -184,6 +184,7 @@ class VcpuInfo(ctypes.Structure):
         ("yield_", ctypes.c_int32),
         ("waited", ctypes.c_uint64),
         ("preempted_gpa", ctypes.c_uint64),
+        ("suspect", ctypes.c_int32),
     )
     exit: ExitInfo
     state: int
@@ -205,6 +206,7 @@ class VcpuInfo(ctypes.Structure):
     yield_: int
     waited: int
     preempted_gpa: int
+    suspect: int
 
 
 @functools.cache

@@ -22,7 +22,7 @@ static int (*p_emu_start)(void *, u64, u64, u64, size_t), (*p_emu_stop)(void *);
 static int (*p_hook_add)(void *, size_t *, int, void *, void *, u64, u64, ...), (*p_hook_del)(void *, size_t);
 static int (*p_map_ptr)(void *, u64, u64, u32, void *);
 static int (*p_reg_read)(void *, int, void *);
-static void (*p_check_io[3])(void *, u32), (*p_tlb_flush)(void *), (*p_tb_flush)(void *);
+static void (*p_check_io[3])(void *, u32), (*p_tlb_flush)(void *), (*p_tlb_flush_page)(void *, u64), (*p_tb_flush)(void *);
 static void (*p_tb_invalidate)(void *, u64, u64), (*p_mxcsr)(void *), (*p_fpuc)(void *);
 static u64 (*p_ram_addr)(void *, void *);
 static bool (*p_restore_state)(void *, u64, bool);
@@ -38,6 +38,7 @@ static Engine *engine_of(void *cs) {
 }
 
 _Noreturn static void leave(Vcpu *v, int kind);
+#include "code.h"
 #include "tlb.h"
 #include "decode.h"
 
@@ -310,6 +311,11 @@ static void enter(Engine *e, Vcpu *v, int quick) {
         e->last = v;
         v->flush = 0;
         p_tlb_flush(e->cpu);
+        e->nfetched = 0;
+    }
+    if (v->suspect) {
+        v->suspect = 0;
+        code_suspect(e);
     }
 }
 

@@ -46,6 +46,7 @@ enum { EXIT_NONE, EXIT_SVM, EXIT_IO_IN, EXIT_IO_OUT, EXIT_MMIO_READ, EXIT_MMIO_W
 enum { PEND_NONE, PEND_OUT, PEND_IN, PEND_INS, PEND_MMIO };
 enum { MAX_KNOWN = 128, MAX_EVENTS = 128, SCRATCH_PAGES = 4, IO_DATA = 1024, MAX_CPUS = 4096,
        QUEUES = 64 };
+enum { MAX_FETCHED = 8 }; // pages that are dropped from the TLB one by one
 #define GPA_END (1ull << 40)      // QEMU's physical addresses have 40 bits
 #define NOT_RAM (1ull << 45)      // in the TLB: the page has no memory, or only to read
 #define AUX_BASE (1ull << 46)     // the vCPUs' VMCBs: no page table entry reaches them
@@ -88,6 +89,7 @@ typedef struct Vcpu {
     atomic_int kick, yield;
     u64 waited;           // nanoseconds that it was ready to run while others had the engine
     u64 preempted_gpa;    // where the guest wants to see that (kvm_steal_time.preempted), 0 nowhere
+    int32_t suspect;      // others may have written code: see code.h
     // private
     struct Engine *e;
     char *image;
@@ -108,6 +110,7 @@ typedef struct Vcpu {
 // log: the dirty bitmap of slot `slot`, which the region belongs to, log_page the region's first page in it; NULL: not logged
 typedef struct { u64 gpa, size; u8 *host; u64 readonly, alias; u64 *log, log_page, slot; } Region;
 typedef struct { u64 gpa, value; u32 size; } Walked; // a page table entry as it was before a walk
+typedef struct { u64 page, generation; bool valid; u64 bytes[4096 / 8]; } Kept; // a page of code, as it was translated
 typedef struct { u64 r, w, x, paddr, addend, pad[3]; } TlbEntry;
 typedef struct { u64 mask; TlbEntry *table; } TlbFast;
 typedef struct { u32 selector, pad; u64 base; u32 limit, flags; } Seg;
@@ -121,6 +124,10 @@ typedef struct Engine {
     u64 (*phys_debug)(void *, u64, u32 *);
     void *(*memory_mapping)(void *, u64);
     u8 *code;      // one bit for each guest page that was executed
+    Kept **kept;   // by page, a hash table
+    u64 kept_capacity, nkept, generation;
+    u64 fetched[MAX_FETCHED]; // linear addresses of pages of code that the TLB may have
+    int nfetched;
     u8 *scratch;   // what an instruction that is being completed reads
     char dummy[512], readonly_mr[512], *window_mr;
     u8 *window;    // guest physical memory as one range of addresses

@@ -15,7 +15,7 @@ static int load_symbols(const char *path) {
         {"cpu_restore_state_x86_64", &p_restore_state},
         {"uc_reg_read", &p_reg_read}, {"helper_check_iob_x86_64", &p_check_io[0]},
         {"helper_check_iow_x86_64", &p_check_io[1]}, {"helper_check_iol_x86_64", &p_check_io[2]},
-        {"tlb_flush_x86_64", &p_tlb_flush}, {"tb_flush_x86_64", &p_tb_flush},
+        {"tlb_flush_x86_64", &p_tlb_flush}, {"tlb_flush_page_x86_64", &p_tlb_flush_page}, {"tb_flush_x86_64", &p_tb_flush},
         {"tb_invalidate_phys_range_x86_64", &p_tb_invalidate}, {"update_mxcsr_status_x86_64", &p_mxcsr},
         {"update_fp_status_x86_64", &p_fpuc}, {"qemu_ram_addr_from_host_x86_64", &p_ram_addr},
         {"cpu_restore_state_x86_64", &p_restore}, {"cpu_breakpoint_insert_x86_64", &p_bp_insert},
@@ -177,6 +177,7 @@ static void drop_code(Engine *e, u64 gpa, u64 size) {
         else if (e->code[p >> 3] >> (p & 7) & 1) {
             p_tb_invalidate(e->uc, ram + (p << 12), ram + ((p + 1) << 12));
             e->code[p >> 3] &= ~(1 << (p & 7));
+            forget_code(e, p);
         }
     }
 }
@@ -285,6 +286,7 @@ void nv_engine_close(Engine *e) {
     engines[last] = NULL;
     munmap(e->window, GPA_END);
     free(e->region);
+    free_kept(e);
     munmap(e->code, 1 << 25);
     munmap(e->scratch, 4096 * SCRATCH_PAGES);
     for (i = 0; i < e->ncpus; i++) {

@@ -127,6 +127,8 @@ static bool fill_entry(void *cs, u64 va, int size, int access, int mmu, bool pro
     }
     u8 bit = 1 << (page & 7);
     if (access == 2) {
+        note_fetch(e, va);
+        bool same = code_unchanged(e, r, pa);
         if (!(e->code[page >> 3] & bit)) {
             e->code[page >> 3] |= bit;
             for (int m = 0; m < 3; m++) {
@@ -137,6 +139,9 @@ static bool fill_entry(void *cs, u64 va, int size, int access, int mmu, bool pro
                 for (int i = 0; i < VTLB_SIZE; i++) drop(&victim[i], pa, t);
             }
         }
+        // The second page of a block is fetched while the block is being looked up, and it may just have gone: look again.
+        Vcpu *v = cur;
+        if (!same && v && !probe && !v->replaying && !v->alone && v->delivering < 0) leave(v, EXIT_NONE);
     } else if (t->x != ~0ull && !(e->code[page >> 3] & bit)) {
         t->x = ~0ull;
     }

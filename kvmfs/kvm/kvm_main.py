@@ -197,6 +197,7 @@ class Vcpu:
                 or not self.vm.arch.resumed.is_set() or (req is not None and req.interrupted)):
             wake.wait()
         self._wake = None
+        self.cpu.suspect_code()     # whoever woke it may have written memory before
 
     def close(self) -> None:
         fd, self.run_fd = self.run_fd, -1       # a creation that failed and the VM's end may meet here

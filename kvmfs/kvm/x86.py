@@ -279,6 +279,7 @@ def _run(vcpu: Vcpu, req: RequestLike) -> int:
         if cr8 & ~0xF:
             return -errno.EINVAL
         vcpu.cpu.cr8 = cr8
+    vcpu.cpu.suspect_code()     # its client, and all whom that talks to, could write memory meanwhile
     complete = arch.complete_userspace_io
     if complete is not None:
         arch.complete_userspace_io = None

@@ -1,0 +1,107 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+// Part of native.c: code that somebody else than the guest writes (the client's stores, its devices' DMA, a debugger).
+//
+// The translator does not see those. So the bytes of every page that was executed are kept, and compared with what is there now, at
+// the page's first fetch after a moment at which the guest can have learnt that there are others (code_suspect). Unicorn goes from page
+// to page only by way of its TLB, as mappings may change there; without its entries each page's next block is therefore looked
+// up again and comes to our_tlb_fill. Only translations of bytes that differ go: data in the same page costs a comparison.
+#pragma once
+#include "native.h"
+
+enum { RUN_GAP = 16 }; // bytes that are equal within what is taken for one change
+
+static Kept **kept_slot(Kept **table, u64 capacity, u64 page) {
+    u64 i = page * 0x9e3779b97f4a7c15ull >> 20 & (capacity - 1);
+    while (table[i] && table[i]->page != page) i = (i + 1) & (capacity - 1);
+    return &table[i];
+}
+
+// What is kept of a page, NULL: nothing, or out of memory for it.
+static Kept *kept_of(Engine *e, u64 page, bool make) {
+    if (e->kept_capacity) {
+        Kept *k = *kept_slot(e->kept, e->kept_capacity, page);
+        if (k || !make) return k;
+    } else if (!make) {
+        return NULL;
+    }
+    if (2 * e->nkept >= e->kept_capacity) {
+        u64 capacity = e->kept_capacity ? 2 * e->kept_capacity : 256;
+        Kept **more = calloc(capacity, sizeof *more);
+        if (!more) return NULL;
+        for (u64 i = 0; i < e->kept_capacity; i++)
+            if (e->kept[i]) *kept_slot(more, capacity, e->kept[i]->page) = e->kept[i];
+        free(e->kept);
+        e->kept = more;
+        e->kept_capacity = capacity;
+    }
+    Kept *k = malloc(sizeof *k);
+    if (!k) return NULL;
+    k->page = page;
+    k->valid = false;
+    *kept_slot(e->kept, e->kept_capacity, page) = k;
+    e->nkept++;
+    return k;
+}
+
+static void drop_changed(Engine *e, u64 pa, const u64 *old, const u64 *new) {
+    enum { WORDS = 4096 / 8 };
+    u64 ram = p_ram_addr(e->uc, e->window) + pa;
+    for (int i = 0; i < WORDS; i++) {
+        if (old[i] == new[i]) continue;
+        int start = i, last = i;
+        while (++i < WORDS && i - last <= RUN_GAP / 8)
+            if (old[i] != new[i]) last = i;
+        p_tb_invalidate(e->uc, ram + 8 * start, ram + 8 * (last + 1));
+        i = last;
+    }
+}
+
+// Is the page as it was when code of it was translated? What was translated of other bytes goes. The bytes are taken before the
+// translator reads them, so what is written while it does is a difference the next time.
+static bool code_unchanged(Engine *e, const Region *r, u64 pa) {
+    Kept *k = kept_of(e, pa >> 12, true);
+    if (!k) {
+        u64 ram = p_ram_addr(e->uc, e->window) + pa;
+        p_tb_invalidate(e->uc, ram, ram + 4096);
+        return false;
+    }
+    if (k->valid && k->generation == e->generation) return true;
+    const u8 *host = r->host + (pa - r->gpa);
+    bool same = k->valid && !memcmp(k->bytes, host, sizeof k->bytes);
+    k->generation = e->generation;
+    if (same) return true;
+    u64 now[4096 / 8];
+    memcpy(now, host, sizeof now);
+    bool known = k->valid;
+    if (known) drop_changed(e, pa, k->bytes, now);
+    memcpy(k->bytes, now, sizeof now);
+    k->valid = true;
+    return !known;
+}
+
+static void note_fetch(Engine *e, u64 va) {
+    va &= ~0xfffull;
+    for (int i = 0; i < e->nfetched && i < MAX_FETCHED; i++)
+        if (e->fetched[i] == va) return;
+    if (e->nfetched < MAX_FETCHED) e->fetched[e->nfetched] = va;
+    if (e->nfetched <= MAX_FETCHED) e->nfetched++; // one more than there is room for: all of them
+}
+
+// From here on every page of code is compared before it is executed.
+static void code_suspect(Engine *e) {
+    e->generation++;
+    if (e->nfetched > MAX_FETCHED) p_tlb_flush(e->cpu);
+    else
+        for (int i = 0; i < e->nfetched; i++) p_tlb_flush_page(e->cpu, e->fetched[i]);
+    e->nfetched = 0;
+}
+
+static void forget_code(Engine *e, u64 page) {
+    Kept *k = kept_of(e, page, false);
+    if (k) k->valid = false;
+}
+
+static void free_kept(Engine *e) {
+    for (u64 i = 0; i < e->kept_capacity; i++) free(e->kept[i]);
+    free(e->kept);
+}

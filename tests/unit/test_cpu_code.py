@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Code that is written by others than the guest: what runs afterwards is the new code."""
+
+import pytest
+
+from kvmfs.abi.exits import KVM_EXIT_HLT, KVM_EXIT_IO
+from tests.guest import CODE, Guest
+from tests.unit.machine import CODE as MACHINE_CODE
+from tests.unit.machine import Machine
+
+FAR = 0x200000
+
+
+def again(g):
+    """Run from the start as after an exit to the client; eax."""
+    g.cpu.suspect_code()
+    g.cpu.rip = 0 if g.mode == "real" else CODE
+    g.hlt()
+    return g.cpu.gpr(0)
+
+
+@pytest.mark.parametrize("mode", ["real", "pm32", "pm32pg", "pae", "long"])
+def test_every_new_code_is_seen(mode):
+    g = Guest("start: mov eax,1\n nop\n hlt", mode)
+    at = CODE + (2 if mode == "real" else 1)
+    for value in range(1, 60):
+        g.ram[at] = value
+        assert again(g) == value
+
+
+def test_without_suspicion_nothing_is_compared():
+    """The test's own teeth: the translation is really there."""
+    g = Guest("start: mov eax,1\n hlt")
+    assert again(g) == 1
+    g.ram[CODE + 1] = 2
+    g.cpu.rip = CODE
+    g.hlt()
+    assert g.cpu.gpr(0) == 1
+    assert again(g) == 2
+
+
+def test_a_change_and_back():
+    g = Guest("start: mov eax,1\n hlt")
+    for value in (1, 2, 1, 3, 1, 2):
+        g.ram[CODE + 1] = value
+        assert again(g) == value
+
+
+@pytest.mark.parametrize("pages", [2, 7, 8, 9, 40])
+def test_code_in_many_pages(pages):
+    g = Guest(f"start: xor eax,eax\n mov ebx,{FAR}\n jmp rbx")
+    for i in range(pages):                          # add eax,imm32; add ebx,0x1000; jmp rbx
+        last = i == pages - 1
+        code = b"\x05\1\0\0\0\x81\xc3\0\x10\0\0" + (b"\xf4" if last else b"\xff\xe3")
+        g.ram[FAR + 0x1000 * i:FAR + 0x1000 * i + len(code)] = code
+    assert again(g) == pages
+    expected = pages
+    for i in (0, pages - 1, pages // 2, 0):
+        g.ram[FAR + 0x1000 * i + 1] += 2
+        expected += 2
+        assert again(g) == expected
+
+
+def test_the_second_page_of_an_instruction():
+    """mov eax,imm32 begins in one page, its immediate is in the next; it is reached from its own page, and from afar."""
+    g = Guest(f"start: mov ebx,{FAR + 0xFF0}\n jmp rbx")
+    code = b"\x90" * 4 + b"\xeb\x00" + b"\x90" * 9 + b"\xb8\1\0\0\0\xf4"    # the opcode is the page's last byte
+    g.ram[FAR + 0xFF0:FAR + 0xFF0 + len(code)] = code
+    for value in range(1, 20):
+        g.ram[FAR + 0x1000] = value
+        assert again(g) == value
+    g.ram[FAR + 0x1004] = 0x90
+    g.ram[FAR + 0x1005] = 0xF4
+    assert again(g) == 19
+
+
+def test_data_beside_code():
+    """The guest and the client both write into the page of code."""
+    g = Guest("start: inc dword ptr [rip+count]\n mov eax,[rip+count]\n add eax,1\nadd_end: hlt\n .balign 64\ncount: .long 0")
+    for i in range(1, 50):
+        if i % 7 == 0:
+            g.ram[g.sym["add_end"] - 1] += 1
+        assert again(g) == i + 1 + i // 7
+
+
+def test_an_interrupt_is_a_reason_to_look():
+    """A device has written code and then says so; the vCPU never left to its client."""
+    g = Guest(f"start: mov ebx,{FAR}\n call rbx\n hlt\nh48: call rbx\n hlt")
+    g.ram[FAR:FAR + 6] = b"\xb8\1\0\0\0\xc3"
+    g.hlt()
+    assert g.cpu.gpr(0) == 1
+    for value in range(2, 12):
+        g.ram[FAR + 1] = value
+        g.cpu.rflags |= 0x200
+        g.cpu.inject_interrupt(48)
+        g.hlt()
+        assert g.cpu.gpr(0) == value
+
+
+def test_several_cpus():
+    g = Guest("start: mov eax,1\n hlt")
+    other = Guest("start: mov eax,1\n hlt", engine=g.engine)
+    for value in range(1, 30):
+        g.ram[CODE + 1] = value
+        for cpu in (g, other) if value & 1 else (other, g):
+            cpu.cpu.suspect_code()
+            cpu.cpu.rip = CODE
+            while cpu.cpu.run() != 1:
+                pass
+            assert cpu.cpu.gpr(0) == value
+
+
+@pytest.mark.parametrize("vendor", ["amd", "intel"])
+def test_between_two_runs(vendor):
+    m = Machine(vendor, "1: mov al,1; out 0x10,al; jmp 1b")
+    for value in range(1, 40):
+        m.write(MACHINE_CODE + 1, bytes([value]))
+        assert m.run() == 0
+        assert m.reason == KVM_EXIT_IO
+        assert m.io()[4] == bytes([value])
+    m.write(MACHINE_CODE, b"\xf4")
+    assert (m.run(), m.reason) == (0, KVM_EXIT_HLT)
+    m.close()
