@@ -16,12 +16,13 @@ import os
 import signal
 import stat
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from kvmd.link import Link, LinkError, Message, failure
 from kvmd.watchdog import Watchdog
-from kvmfs.client.process import Process
+from kvmfs.client.process import Process, command_of, status_field
 from kvmfs.client.takeover import Segment, close_segments, resolve, take_over
 from kvmfs.client.tracer import ClientGoneError, Thread, TracedError, settle
 from kvmfs.fuse.mount import backing_open
@@ -60,11 +61,18 @@ def open_on_mount(mount: int, name: str) -> int:
     return fd
 
 
+def uid_of(pid: int) -> int:
+    """The real user id of a process; -1: it is gone."""
+    field = status_field(pid, "Uid")
+    return int(field.split()[0]) if field else -1
+
+
 class Broker:
     """One VM as the daemon sees it.  ``closed`` is called once, in the broker's thread, when the VM is gone."""
 
     def __init__(self, number: int, process: Process, watchdog: Watchdog, passthrough: bool) -> None:
         self.number, self.process = number, process
+        self.uid, self.command, self.since = uid_of(process.tgid), command_of(process.tgid), time.time()
         self.pid = 0
         self.mount = -1         # the VM's detached mount
         self.device = 0         # its device number
@@ -137,11 +145,11 @@ class Broker:
         self.mount = self._pidfd = -1
         self.process.close()
 
-    def control(self, op: str, *, patience: float = PATIENCE, **fields: Any) -> Message | None:
+    def control(self, op: str, fds: Sequence[int] = (), *, patience: float = PATIENCE, **fields: Any) -> Message | None:
         """Tell the worker something and wait for its answer; None when it is gone, or does not answer and is killed."""
         with self._control_lock:
             try:
-                self._control.send(op, **fields)
+                self._control.send(op, fds, **fields)
                 return self._control.receive(patience)
             except (TimeoutError, BlockingIOError):
                 self._overdue(patience)

@@ -168,6 +168,7 @@ class WorkerHost:
                     result = done.integer("result", -4095, (1 << 31) - 1)
                 if result < 0:
                     raise OSError(-result, os.strerror(-result), name)
+                req.context = result    # for who traces
                 return result
             except OSError as error:
                 if not known:
@@ -228,6 +229,7 @@ class WorkerHost:
 
     def finish(self, req: RequestLike, result: int) -> None:
         """Give ``req`` its final result (a value or -errno), whether or not it was answered early."""
+        req.context = result            # for who traces
         if id(req) in self._answered:
             self._answered.discard(id(req))
             return

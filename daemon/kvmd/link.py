@@ -194,4 +194,5 @@ class Link:
 def failure(error: BaseException) -> Mapping[str, Any]:
     """The fields of an answer that reports ``error``."""
     number = error.errno if isinstance(error, OSError) and error.errno else 5
-    return {"errno": number, "text": str(error)[:500]}
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return {"errno": number, "text": text[:500]}

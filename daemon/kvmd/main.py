@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
@@ -11,6 +12,7 @@ import threading
 import click
 
 from kvmd import worker
+from kvmd.control import ControlServer
 from kvmd.init import InitError, Module, kvm_init, shutdown
 from kvmd.link import Link, LinkError
 from kvmd.notified import NotifyServer
@@ -54,6 +56,7 @@ def serve(options: Options) -> int:
             assert node is not None
             node.publish(module.facts)
             threading.Thread(target=_watch_zygote, args=(module,), name="zygote-watch", daemon=True).start()
+            stack.enter_context(contextlib.closing(_control(module)))
             log.info("%s is ready: %s, %s", node.path, module.facts["vendor"],
                      "passthrough" if module.facts["passthrough"] else "kvm_run is copied")
             if options.listeners_fd is not None and module.vms is not None:
@@ -71,6 +74,11 @@ def serve(options: Options) -> int:
                 os.unlink(options.pid_file)
             except FileNotFoundError:
                 pass
+
+
+def _control(module: Module) -> ControlServer:
+    assert module.node is not None and module.vms is not None
+    return ControlServer(module.node, module.vms, lambda: module.facts)
 
 
 def _tell_ready(options: Options) -> None:

@@ -46,7 +46,7 @@ class NotifiedRequest:
 
     def give(self, file: int) -> None:
         """End the ioctl with a descriptor of ``file``."""
-        self._notifier.add_fd_and_return(self._id, file)
+        self.context = self._notifier.add_fd_and_return(self._id, file)
 
 
 def _hung_up(notifier: Notifier) -> bool:

@@ -10,7 +10,7 @@ import os
 import struct
 import threading
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from kvmd import sandbox
 from kvmd.broker import PATIENCE, Broker
@@ -66,6 +66,7 @@ class Vms:
         self.closing = False
         self._warned: set[int] = set()
         self.may_block: Callable[[], None] = lambda: None
+        self.created_hooks: list[Callable[[Broker], None]] = []     # told of each VM before its client has it
         self.created = 0
 
     # ---- KVM_CREATE_VM ------------------------------------------------------------------------------
@@ -93,6 +94,8 @@ class Vms:
             broker.close()
             self._closed(broker)
             raise KvmError(error.errno if error.errno in (errno.ENFILE, errno.EMFILE) else errno.ENOMEM) from error
+        for hook in self.created_hooks:
+            hook(broker)
         # From here on the VM ends by itself when nobody holds its file.
         tgid = process.tgid
         broker.start(self._closed)
@@ -123,6 +126,7 @@ class Vms:
             except OSError as error:
                 log.info("VM %d: no descriptor for process %d: %s", broker.number, tgid, error)
                 result = -(error.errno or errno.EIO)
+            req.context = result        # for who traces
             thread.finish(result)
         except OSError as error:
             thread.abandon()
@@ -180,7 +184,7 @@ class Vms:
         """The VM whose mount has this device number."""
         return next((broker for broker in self.brokers() if broker.device == device), None)
 
-    def tell(self, op: str, **fields: int) -> None:
+    def tell(self, op: str, **fields: Any) -> None:
         """Send an order to all workers and wait until they have followed it."""
         for broker in self.brokers():
             answer: Message | None = broker.control(op, **fields)

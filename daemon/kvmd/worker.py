@@ -21,10 +21,9 @@ from kvmd import sandbox
 from kvmd.affinity import Follower
 from kvmd.host import VM_FILE_MODE, RelayedRequest, WorkerHost
 from kvmd.link import Link, LinkError, Message
+from kvmd.window import OPS, Window
 from kvmfs import vendor as vendors
 from kvmfs.api.dispatch import VmDispatcher
-from kvmfs.api.faults import Faults
-from kvmfs.api.taps import Tap
 from kvmfs.client.process import Process
 from kvmfs.cpu import engine
 from kvmfs.fuse.channel import Channel
@@ -69,7 +68,7 @@ def main(message: Message, fds: list[int]) -> None:
                           passthrough=bool(message.integer("passthrough", 0, 1)),
                           uid=message.integer("owner_uid"), gid=message.integer("owner_gid"))
         worker = Worker(message.text("vendor", r"[a-z]+"), host, fuse, Link.from_fd(control), number)
-        worker.set_faults(message.texts("faults"))
+        worker.window.set_faults(message.texts("faults"))
     except OSError as error:
         link.send("failed", **_link.failure(error))
         return
@@ -80,10 +79,10 @@ class Worker:
     """Puts the VM, its channel and its file system together."""
 
     def __init__(self, vendor: str, host: WorkerHost, fuse: int, control: Link, number: int) -> None:
-        self._host, self._control, self._number = host, control, number
-        self._faults: list[Tap] = []
+        self._host, self._control = host, control
         self.vm = Vm(vendors.load(vendor), host)
         self.dispatcher = VmDispatcher(self.vm)
+        self.window = Window(self.vm, self.dispatcher, number)
         self.channel = Channel(fuse, self.dispatcher.ioctl, interrupt=self.dispatcher.interrupt,
                                passthrough=host.passthrough, max_idle=MAX_IDLE)
         self.operations = NodeOperations(opened=self._opened, released=self._released, uid=host.uid, gid=host.gid)
@@ -107,11 +106,6 @@ class Worker:
                     log.exception("the VM did not end in order")
             # The other threads are in the kernel or in the guest; nothing of them is left to be done.
             os._exit(0)
-
-    def set_faults(self, rules: list[str]) -> None:
-        """From now on these rules are followed, and no others.  Raises RuleError."""
-        self._faults = [Faults(rules, self._number)] if rules else []
-        self.dispatcher.tap(self._faults)
 
     def _copies(self, inode: int) -> None:
         """There is no passthrough: this vCPU's kvm_run is copied at each KVM_RUN."""
@@ -181,6 +175,11 @@ class Worker:
                 pass
             case "stat":
                 return {"vcpus": len(self.vm.vcpus), "files": self._open_files}
+            case op if op in OPS:
+                try:
+                    return self.window.obey(message)
+                except OSError as error:
+                    return dict(_link.failure(error))
             case _:
                 return {"errno": 38}
         return {}

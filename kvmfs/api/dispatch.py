@@ -8,6 +8,7 @@ A number finds its handler in two steps: its line in the table names a function,
 from __future__ import annotations
 
 import errno
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -66,6 +67,7 @@ class VmDispatcher:
                        Level.DEVICE: bind(Level.DEVICE, device)}
         self._bound[Level.VCPU].pop(KVM_RUN, None)
         self._tids: set[int] = set()
+        self.counts: defaultdict[int, int] = defaultdict(int)   # calls by number
         self.tap(())
 
     def tap(self, taps: Sequence[Tap]) -> None:
@@ -81,6 +83,7 @@ class VmDispatcher:
         Another address space than the VM's: EIO.  Unknown numbers: ENOTTY on a VM, EINVAL on a vCPU.
         """
         vm_ = self._vm
+        self.counts[req.cmd] += 1
         if req.tid not in self._tids:
             self._admit(req.tid, req.nodeid)
         if vm_.dead:

@@ -189,7 +189,10 @@ class Faults:
         if rule.short >= 0:
             count, = struct.unpack_from("<I", req.data)
             struct.pack_into("<I", req.data, 0, min(count, rule.short))
-        return handler(subject, req)
+        outcome = handler(subject, req)
+        if outcome is not None:         # otherwise the handler has noted what it answered
+            req.context = rule.text
+        return outcome
 
 
 def _names(rule: Rule, req: Any) -> bool:

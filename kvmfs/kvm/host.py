@@ -41,6 +41,7 @@ class RequestLike(Protocol):
     arg: int
     nodeid: int
     interrupted: bool
+    context: object
 
     @property
     def data(self) -> memoryview: ...

@@ -123,8 +123,8 @@ def read_vm(vm: Vm) -> bytes:
     return _content(_VM_DESCRIPTION, f"kvm-{vm.host.creator}", _VM_VALUES)
 
 
-def read_vcpu(vcpu: Vcpu) -> bytes:
-    """Everything that can be read from a vCPU's descriptor now; any thread may ask."""
+def values(vcpu: Vcpu) -> dict[str, int | list[int]]:
+    """A vCPU's statistics by name, in the order of VCPU_STATS; histograms are lists.  Any thread may ask."""
     stat = vcpu.arch.stat
     kinds = stat.exits
     mmio = kinds[EXIT_MMIO_READ] + kinds[EXIT_MMIO_WRITE]
@@ -134,8 +134,16 @@ def read_vcpu(vcpu: Vcpu) -> bytes:
         "irq_exits": kinds[EXIT_NONE],                  # a kick is what a host's interrupt is to KVM
         "insn_emulation": mmio + stat.insn_emulation,   # KVM emulates whatever touches MMIO
     }
-    values: list[int] = []
+    found: dict[str, int | list[int]] = {}
     for name, _, _, size in VCPU_STATS:
         value = known[name] if name in known else getattr(stat, name, 0)
-        values += value if isinstance(value, list) else [value] * size
-    return _content(_VCPU_DESCRIPTION, f"kvm-{vcpu.creator}/vcpu-{vcpu.vcpu_id}", _VCPU_VALUES.pack(*values))
+        found[name] = [0] * size if size > 1 and not value else list(value) if isinstance(value, list) else value
+    return found
+
+
+def read_vcpu(vcpu: Vcpu) -> bytes:
+    """Everything that can be read from a vCPU's descriptor now."""
+    numbers: list[int] = []
+    for value in values(vcpu).values():
+        numbers += value if isinstance(value, list) else [value]
+    return _content(_VCPU_DESCRIPTION, f"kvm-{vcpu.creator}/vcpu-{vcpu.vcpu_id}", _VCPU_VALUES.pack(*numbers))

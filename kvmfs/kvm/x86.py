@@ -12,7 +12,7 @@ import struct
 import threading
 from collections import deque
 from functools import partial
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, Final, TypedDict
 
 from kvmfs.abi import exits as kx
 from kvmfs.abi.flags import KVM_X86_QUIRK_MISC_ENABLE_NO_MWAIT, KVM_X86_QUIRK_OUT_7E_INC_RIP
@@ -594,7 +594,18 @@ def _exit_fetch(vcpu: Vcpu) -> int:
     return prepare_emulation_failure(vcpu)
 
 
-_HANDLERS: dict[int, Callable[[Vcpu], int]] = {
+def tap_exits(tap: Callable[[Vcpu, int], None] | None) -> None:
+    """From now on ``tap`` is told of every exit of this process's guests, by its kind, before it is handled; None: no more."""
+    for kind, handler in _PLAIN_HANDLERS.items():
+        _HANDLERS[kind] = handler if tap is None else partial(_tapped_exit, tap, kind, handler)
+
+
+def _tapped_exit(tap: Callable[[Vcpu, int], None], kind: int, handler: Callable[[Vcpu], int], vcpu: Vcpu) -> int:
+    tap(vcpu, kind)
+    return handler(vcpu)
+
+
+_PLAIN_HANDLERS: Final[dict[int, Callable[[Vcpu], int]]] = {
     EXIT_NONE: _exit_none,
     EXIT_SVM: _exit_svm,
     EXIT_IO_IN: _exit_io_in,
@@ -603,3 +614,4 @@ _HANDLERS: dict[int, Callable[[Vcpu], int]] = {
     EXIT_MMIO_WRITE: _exit_mmio_write,
     EXIT_FETCH: _exit_fetch,
 }
+_HANDLERS = dict(_PLAIN_HANDLERS)

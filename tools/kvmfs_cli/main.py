@@ -5,8 +5,27 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import NoReturn
 
 import click
+
+
+class _Number(click.ParamType):
+    """A number in decimal, or with 0x in hexadecimal."""
+
+    name = "number"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        try:
+            number = int(str(value), 0)
+        except ValueError:
+            self.fail(f"{value} is no number", param, ctx)
+        if not 0 <= number < 1 << 64:
+            self.fail(f"{value} has more than 64 bits", param, ctx)
+        return number
+
+
+_NUMBER = _Number()
 
 _VENDOR = click.option("--vendor", type=click.Choice(["auto", "intel", "amd"]), default="auto", show_default=True,
                        help="Which CPU the guests see: Linux's kvm-intel or kvm-amd; auto: as the host's CPU.")
@@ -123,6 +142,165 @@ def doctor(as_json: bool) -> None:
     from kvmfs_cli.doctor import doctor as examine
 
     sys.exit(examine(as_json=as_json))
+
+
+_DAEMON = click.option("--daemon", "daemon", type=int, metavar="PID", help="Which daemon, when several run.")
+
+
+def _fail(command: str, error: Exception) -> NoReturn:
+    click.echo(f"kvmfs {command}: {error}", err=True)
+    sys.exit(1)
+
+
+@main.command(short_help="List the VMs that run, or look into one.")
+@_DAEMON
+@click.option("--vcpu", type=click.IntRange(0), default=0, show_default=True, help="Which vCPU to look at.")
+@click.option("--registers", is_flag=True, help="Show its registers, and the code at rip (the default with a VM).")
+@click.option("--disassemble", is_flag=True, help="Show the code at rip only.")
+@click.option("--walk", type=_NUMBER, metavar="ADDRESS", help="Show the page-table entries that translate this linear address.")
+@click.option("--memory", type=_NUMBER, metavar="ADDRESS", help="Show memory at this linear address.")
+@click.option("--physical", type=_NUMBER, metavar="ADDRESS", help="Show memory at this guest physical address.")
+@click.option("--length", type=click.IntRange(1, 16384), default=64, show_default=True, help="How many bytes of memory.")
+@click.option("--json", "as_json", is_flag=True, help="The list as JSON.")
+@click.argument("vm", type=int, required=False)
+def vms(daemon: int | None, vcpu: int, registers: bool, disassemble: bool, walk: int | None, memory: int | None,
+        physical: int | None, length: int, as_json: bool, vm: int | None) -> None:
+    """List every VM that you may see: whose it is, since when, its memory, and what its vCPUs do.
+
+    \b
+    A vCPU is in its
+      guest     in KVM_RUN, executing
+      halted    in KVM_RUN, waiting for an interrupt
+      ioctl     in another ioctl
+      client    nobody has entered it
+
+    With the number of a VM, look into it while it runs; a vCPU that is in its guest is made to leave it for a moment.  The exit
+    status is 1 when there is no such VM.
+
+    \b
+    Examples:
+      kvmfs vms
+      kvmfs vms 0 --registers
+      kvmfs vms 0 --walk 0xffffffff81000000
+      kvmfs vms 0 --physical 0x7c00 --length 512
+    """
+    from kvmfs_cli import vms as window
+    from kvmfs_cli.daemons import Daemon, DaemonError, find_vm
+
+    try:
+        if vm is None and not (registers or disassemble) and walk is memory is physical is None:
+            window.show_all(as_json=as_json)
+            return
+        pid, number = find_vm(vm, daemon)
+        with Daemon(pid) as connected:
+            if walk is not None:
+                found = window.Registers.of(connected, number, vcpu)
+                window.show_walk(*window.walk(connected, number, found, walk), va=walk)
+            if memory is not None:
+                answer = connected.ask("virtual", vm=number, vcpu=vcpu, address=memory, size=length)
+                window.show_memory(bytes.fromhex(answer["data"]), memory)
+            if physical is not None:
+                answer = connected.ask("physical", vm=number, address=physical, size=length)
+                window.show_memory(bytes.fromhex(answer["data"]), physical)
+            if disassemble:
+                window.show_code(window.Registers.of(connected, number, vcpu))
+            elif registers or walk is memory is physical is None:
+                window.show_registers(window.Registers.of(connected, number, vcpu))
+    except DaemonError as error:
+        _fail("vms", error)
+
+
+@main.command(short_help="Show what VMs do, in numbers, live.")
+@_DAEMON
+@click.option("--vm", type=int, metavar="N", help="Only this VM.")
+@click.option("--once", is_flag=True, help="Show the totals and end.")
+@click.option("--interval", type=click.FloatRange(0.1, 3600), default=1.0, show_default=True, metavar="SECONDS", help="How often.")
+@click.option("--json", "as_json", is_flag=True, help="JSON objects instead of tables.")
+def stat(daemon: int | None, vm: int | None, once: bool, interval: float, as_json: bool) -> None:
+    """Show exits by reason, interrupts, ioctls by name, CPU time and memory of every VM, and of all together.
+
+    The names of the statistics are Linux's (KVM_GET_STATS_FD gives a program the same numbers).  On a terminal it is a live table,
+    ended by ^C; elsewhere one table after the other.
+    """
+    from kvmfs_cli.daemons import DaemonError
+    from kvmfs_cli.stat import stat as show
+
+    try:
+        show(pid=daemon, vm=vm, once=once, interval=interval, as_json=as_json)
+    except DaemonError as error:
+        _fail("stat", error)
+
+
+@main.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
+              short_help="Show every ioctl of a program, or of VMs that run.")
+@_DAEMON
+@click.option("--vm", type=int, metavar="N", help="Only this VM.")
+@click.option("--vcpu", type=int, metavar="N", help="Only this vCPU.")
+@click.option("--level", type=click.Choice(["system", "vm", "vcpu", "device"]), help="Only ioctls of this kind of descriptor.")
+@click.option("-e", "--ioctl", "ioctls", multiple=True, metavar="PATTERN", help="Only these, KVM_RUN or '*MSRS' for example.")
+@click.option("--exits", is_flag=True, help="The guests' exits, as Linux's tracepoint kvm:kvm_exit shows them, not the ioctls.")
+@click.option("-t", "--time", "times", is_flag=True, help="Begin each line with the time of day.")
+@click.option("-o", "--output", type=click.Path(dir_okay=False), help="Write there, not to stderr (stdout when attached).")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a line (kvmfs/api/trace.py describes it).")
+@_VENDOR
+@_PASSTHROUGH
+@_FAULT
+@click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="warning", show_default=True,
+              help="What the private daemon says on stderr.")
+@click.argument("command", nargs=-1, type=click.UNPROCESSED, metavar="[--] [PROGRAM [ARGUMENT]...]")
+def trace(daemon: int | None, vm: int | None, vcpu: int | None, level: str | None, ioctls: tuple[str, ...], exits: bool,
+          times: bool, output: str | None, as_json: bool, vendor: str, passthrough: str, faults: tuple[str, ...], log_level: str,
+          command: tuple[str, ...]) -> None:
+    """Show each ioctl with its fields, its result and how long it took; KVM_RUN with the exit that ended it.
+
+    With PROGRAM it is run as 'kvmfs run' does, and the exit status is that of 'kvmfs run'.  Without, the VMs of a daemon that
+    runs are shown until ^C; the exit status is 1 when there are none.  Nothing is slower while nobody traces.
+
+    \b
+    Examples:
+      kvmfs trace -- build/hello
+      kvmfs trace -e KVM_RUN -o exits.log -- qemu-system-x86_64 -accel kvm ...
+      kvmfs trace --exits --vm 0
+    """
+    from kvmfs_cli import run as runner
+    from kvmfs_cli import trace as tracer
+    from kvmfs_cli.daemons import DaemonError
+
+    shown = tracer.Filter(vm, vcpu, level, ioctls, exits)
+    try:
+        if not command:
+            tracer.trace_running(daemon, shown, output, as_json=as_json, times=times)
+            return
+        status = tracer.trace_command(command, shown, output, as_json=as_json, times=times, node=None, vendor=vendor,
+                                      passthrough=passthrough, faults=faults, log_level=log_level)
+    except runner.RunError as error:
+        click.echo(f"kvmfs trace: {error}", err=True)
+        status = runner.EXIT_OURS
+    except (DaemonError, OSError) as error:
+        _fail("trace", error)
+    sys.stdout.flush()
+    os._exit(status)
+
+
+@main.command(short_help="Inject faults into VMs that run.")
+@_DAEMON
+@click.option("--clear", is_flag=True, help="Follow no rules any more.")
+@click.argument("rules", nargs=-1, metavar="[RULE]...", callback=_check_faults)
+def fault(daemon: int | None, clear: bool, rules: tuple[str, ...]) -> None:
+    """Have a running daemon follow these rules, and no others; counting starts anew.  Without a rule, show those that it follows.
+
+    'kvmfs mount --help' explains the rules.
+    """
+    from kvmfs_cli.daemons import DaemonError, one
+
+    try:
+        with one(daemon) as connected:
+            if rules or clear:
+                connected.ask("fault", rules=list(rules))
+            else:
+                click.echo("".join(f"{rule}\n" for rule in connected.ask("state")["faults"]), nl=False)
+    except DaemonError as error:
+        _fail("fault", error)
 
 
 @main.command()

@@ -9,7 +9,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from kvmfs.fuse.mount import open_dev_fuse
 from kvmfs_cli import namespace
@@ -86,8 +86,11 @@ class PrivateDaemon:
 
 
 def run(command: Sequence[str], *, node: str | None, vendor: str, passthrough: str, faults: tuple[str, ...],
-        log_level: str) -> int:
-    """Run ``command``; returns its exit status, 128 + n when signal n ended it.  Raises RunError."""
+        log_level: str, prepare: Callable[[int], None] | None = None) -> int:
+    """Run ``command``; returns its exit status, 128 + n when signal n ended it.  Raises RunError.
+
+    ``prepare`` is called with the private daemon's pid before the command starts; it may fork.
+    """
     if node is not None and not os.path.exists(node):
         raise RunError(f"there is no node {node}: 'kvmfs mount {os.path.dirname(node) or '.'}' would make it")
     try:
@@ -107,6 +110,8 @@ def run(command: Sequence[str], *, node: str | None, vendor: str, passthrough: s
             namespace.place_node(node)
         except OSError as error:
             raise RunError(error.strerror or str(error)) from error
+        if prepare is not None and daemon is not None:
+            prepare(daemon.pid)
         return _run_command(command, daemon)
     finally:
         if daemon is not None:
