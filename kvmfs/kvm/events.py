@@ -288,7 +288,7 @@ def get_vcpu_events(vcpu: Vcpu) -> KvmVcpuEvents:
     ev.exception_payload = ex.payload
     ev.interrupt.injected = arch.interrupt.injected and not arch.interrupt.soft
     ev.interrupt.nr = arch.interrupt.nr
-    ev.interrupt.shadow = vcpu.cpu.interrupt_shadow
+    ev.interrupt.shadow = vcpu.vm.vendor.interrupt_shadow(vcpu)
     ev.nmi.injected = arch.nmi_injected
     ev.nmi.pending = arch.nmi_pending
     ev.nmi.masked = vcpu.cpu.nmi_masked
@@ -330,6 +330,7 @@ def set_vcpu_events(vcpu: Vcpu, ev: KvmVcpuEvents) -> None:
     arch.interrupt.nr, arch.interrupt.soft = ev.interrupt.nr, bool(ev.interrupt.soft)
     if flags & kx.KVM_VCPUEVENT_VALID_SHADOW:
         vcpu.cpu.interrupt_shadow = ev.interrupt.shadow & 3
+        arch.mov_ss_rip = vcpu.cpu.rip if ev.interrupt.shadow & kx.KVM_X86_SHADOW_INT_MOV_SS else None
     arch.nmi_injected = bool(ev.nmi.injected)
     if flags & kx.KVM_VCPUEVENT_VALID_NMI_PENDING:
         arch.nmi_pending, arch.nmi_queued = 0, ev.nmi.pending

@@ -31,6 +31,7 @@ class IoApic:
         self._chip = chip
         self.base_address = IO_APIC_DEFAULT_PHYS_BASE
         self.ioregsel = self.id = 0
+        self._pad = 0                               # struct kvm_ioapic_state's, which comes back as it was set
         self.irr = self.irr_delivered = 0
         self.redirtbl = [A.IOAPIC_MASKED] * KVM_IOAPIC_NUM_PINS
         self._irq_states = [0] * KVM_IOAPIC_NUM_PINS
@@ -214,13 +215,13 @@ class IoApic:
     # ---- KVM_GET_IRQCHIP, KVM_SET_IRQCHIP -----------------------------------------------------------
 
     def get_state(self) -> KvmIoapicState:
-        state = KvmIoapicState(self.base_address, self.ioregsel, self.id, self.irr & ~self.irr_delivered, 0)
+        state = KvmIoapicState(self.base_address, self.ioregsel, self.id, self.irr & ~self.irr_delivered, self._pad)
         for pin, entry in enumerate(self.redirtbl):
             state.redirtbl[pin] = entry
         return state
 
     def set_state(self, state: KvmIoapicState) -> None:
-        self.base_address, self.ioregsel, self.id = state.base_address, state.ioregsel, state.id
+        self.base_address, self.ioregsel, self.id, self._pad = state.base_address, state.ioregsel, state.id, state.pad
         self.redirtbl = [int(entry) for entry in state.redirtbl]
         self.irr = self.irr_delivered = 0
         self._chip.request_scan()

@@ -112,6 +112,7 @@ class VcpuArch:
         self.nmi_window = False             # the CPU holds a pending NMI until the guest can take it
         self.nmi_pending = self.nmi_queued = 0
         self.triple_fault = False
+        self.mov_ss_rip: int | None = None  # where a client set a MOV SS shadow: the CPU has one kind only
         self.given = False                  # an event was given to the CPU for the entry under way
         self.event_request = True           # KVM_REQ_EVENT
         self.entry_check = True             # a client changed state: is it one that can be entered?

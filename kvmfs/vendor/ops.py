@@ -132,6 +132,10 @@ class KvmX86Ops(abc.ABC):
         """What an entry needs while KVM_SET_GUEST_DEBUG is in force."""
 
     @abc.abstractmethod
+    def interrupt_shadow(self, vcpu: Vcpu) -> int:
+        """``get_interrupt_shadow``: KVM_X86_SHADOW_INT_STI and _MOV_SS as this hardware tells them apart."""
+
+    @abc.abstractmethod
     def shutdown(self, vcpu: Vcpu) -> None:
         """A triple fault is about to be reported: what it leaves in the registers."""
 

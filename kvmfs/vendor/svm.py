@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from kvmfs.abi import msrs as M
 from kvmfs.abi import x86 as X
+from kvmfs.abi.exits import KVM_X86_SHADOW_INT_MOV_SS, KVM_X86_SHADOW_INT_STI
 from kvmfs.abi.structs import KvmSegment
 from kvmfs.cpu.cpu import EXIT_FETCH
 from kvmfs.kvm import regs
@@ -84,6 +85,10 @@ class Svm(KvmX86Ops):
 
     def inject_irq_blocked(self, vcpu: Vcpu) -> bool:
         return False
+
+    def interrupt_shadow(self, vcpu: Vcpu) -> int:
+        """A VMCB has one bit for both."""
+        return KVM_X86_SHADOW_INT_STI | KVM_X86_SHADOW_INT_MOV_SS if vcpu.cpu.interrupt_shadow else 0
 
     def shutdown(self, vcpu: Vcpu) -> None:
         """The VMCB is undefined after SHUTDOWN: the vCPU gets an INIT, as platforms do."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from kvmfs.abi import msrs as M
 from kvmfs.abi import x86 as X
-from kvmfs.abi.exits import KVM_GUESTDBG_SINGLESTEP
+from kvmfs.abi.exits import KVM_GUESTDBG_SINGLESTEP, KVM_X86_SHADOW_INT_MOV_SS, KVM_X86_SHADOW_INT_STI
 from kvmfs.abi.structs import KvmSegment
 from kvmfs.cpu.cpu import EXIT_FETCH
 from kvmfs.kvm import regs
@@ -93,6 +93,12 @@ class Vmx(KvmX86Ops):
         """Entry with TF wants a pending #DB where STI or MOV SS shadow the instruction: the shadow goes instead."""
         if vcpu.arch.guest_debug & KVM_GUESTDBG_SINGLESTEP:
             vcpu.cpu.interrupt_shadow = 0
+
+    def interrupt_shadow(self, vcpu: Vcpu) -> int:
+        """What a client has set is known; of the guest's own, STI is taken to be the cause."""
+        if not vcpu.cpu.interrupt_shadow:
+            return 0
+        return KVM_X86_SHADOW_INT_MOV_SS if vcpu.arch.mov_ss_rip == vcpu.cpu.rip else KVM_X86_SHADOW_INT_STI
 
     def shutdown(self, vcpu: Vcpu) -> None:
         """The registers stay as they were at the triple fault."""

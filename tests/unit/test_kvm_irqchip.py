@@ -558,3 +558,22 @@ def test_virtual_apic_word(machine, vendor):
     assert m.read(0x3000, 4) == b"\x20\0\0\x41"
     m.vcpu.arch.apic.irr = 0
     assert set_address(0) == 0
+
+
+def test_the_padding_of_the_ioapic_comes_back(machine):
+    m = machine()
+    state = get_chip(m, IOAPIC_CHIP).ioapic
+    assert state.pad == 0
+    state.pad = 7
+    assert set_chip(m, IOAPIC_CHIP, state) == 0
+    assert get_chip(m, IOAPIC_CHIP).ioapic.pad == 7
+
+
+@pytest.mark.parametrize("vendor, shown", [("amd", {0: 0, 1: 3, 2: 3, 3: 3}), ("intel", {0: 0, 1: 1, 2: 2, 3: 1})])
+def test_interrupt_shadows_are_those_of_the_hardware(machine, vendor, shown):
+    m = machine(vendor)
+    for value, expected in shown.items():
+        state = KvmVcpuEvents(flags=4)
+        state.interrupt.shadow = value
+        assert m.set_events(state) == 0
+        assert m.events().interrupt.shadow == expected

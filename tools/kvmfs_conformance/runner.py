@@ -26,12 +26,14 @@ from . import (
     vm,
     vm_irq,
     vm_memory,
+    vm_states,
 )
 from .differences import Differences
 from .model import CASES, LEVEL_NAMES, Case, Check, Node, Outcome, Skip, Status, Stop, Trial
 
 PATIENCE = 20       # seconds for one case
-_MODULES = (system, vm, vm_memory, vm_irq, vcpu_regs, vcpu_cpuid, vcpu_events, vcpu, vcpu_run, vcpu_guests, vcpu_para, device)
+_MODULES = (system, vm, vm_memory, vm_irq, vm_states, vcpu_regs, vcpu_cpuid, vcpu_events, vcpu, vcpu_run, vcpu_guests,
+            vcpu_para, device)
 _ORDER = {entry.name: i for i, entry in enumerate(TABLE)}
 _LEVELS = list(LEVEL_NAMES)
 
