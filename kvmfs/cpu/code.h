@@ -5,10 +5,19 @@
 // the page's first fetch after a moment at which the guest can have learnt that there are others (code_suspect). Unicorn goes from page
 // to page only by way of its TLB, as mappings may change there; without its entries each page's next block is therefore looked
 // up again and comes to our_tlb_fill. Only translations of bytes that differ go: data in the same page costs a comparison.
+// What the guest itself has written meanwhile and executes is kept when it is translated.
+//
+// A guest that learns by looking into memory gives no such moment. PAUSE, in a loop that waits, is taken for one; so is a run that
+// had none for LOOK_NS (a thread of the engine sees to that, and sleeps while no vCPU runs).
+//
+// Write protection by userfaultfd in the client would tell at once, but is worse: a debugger's write through /proc/PID/mem
+// then fails (EIO), and it says nothing of what comes through pinned pages, another process's mapping or a fork's.
 #pragma once
 #include "native.h"
 
-enum { RUN_GAP = 16 }; // bytes that are equal within what is taken for one change
+enum { RUN_GAP = 16 };   // bytes that are equal within what is taken for one change
+enum { LOOK_NS = 10000000, IDLE_LOOKS = 10 };
+typedef struct { u64 pc; uint16_t icount, size; } UcTb;
 
 static Kept **kept_slot(Kept **table, u64 capacity, u64 page) {
     u64 i = page * 0x9e3779b97f4a7c15ull >> 20 & (capacity - 1);
@@ -79,6 +88,44 @@ static bool code_unchanged(Engine *e, const Region *r, u64 pa) {
     return !known;
 }
 
+static TlbEntry *code_entry(Engine *e, u64 va) {
+    for (int m = 0; m < 3; m++) {
+        TlbFast *f = &F(TlbFast, TLB_FAST + 16 * m);
+        TlbEntry *t = &f->table[(va >> 12) & (f->mask >> 6)];
+        if (t->x != ~0ull && !((t->x ^ va) >> 12)) return t;
+        TlbEntry *victim = &F(TlbEntry, TLB_DESC + TLB_DESC_SIZE * m + TLB_DESC_VTABLE);
+        for (int i = 0; i < VTLB_SIZE; i++)
+            if (victim[i].x != ~0ull && !((victim[i].x ^ va) >> 12)) return &victim[i];
+    }
+    return NULL;
+}
+
+// A block was translated. Where its bytes are not those that are kept, the guest has written them since, or somebody else while they
+// were translated: this translation runs once, as if fetched before.
+static void h_translated(void *uc, const UcTb *tb, const UcTb *before, void *user) {
+    (void)uc;
+    (void)before;
+    Engine *e = user;
+    for (u64 va = tb->pc, left = tb->size; left;) {
+        u64 offset = va & 0xfff, n = left < 4096 - offset ? left : 4096 - offset;
+        TlbEntry *t = code_entry(e, va);
+        u64 pa = t ? t->paddr & ~(0xfffull | NOT_RAM) : GPA_END;
+        const Region *r = pa < GPA_END ? region_at(e, pa) : NULL;
+        Kept *k = r ? kept_of(e, pa >> 12, false) : NULL;
+        if (k && k->valid) {
+            u8 *kept = (u8 *)k->bytes + offset;
+            const u8 *host = r->host + (pa - r->gpa) + offset;
+            if (memcmp(kept, host, n)) {
+                memcpy(kept, host, n);
+                u64 ram = p_ram_addr(e->uc, e->window) + pa + offset;
+                p_tb_invalidate(e->uc, ram, ram + n);
+            }
+        }
+        va += n;
+        left -= n;
+    }
+}
+
 static void note_fetch(Engine *e, u64 va) {
     va &= ~0xfffull;
     for (int i = 0; i < e->nfetched && i < MAX_FETCHED; i++)
@@ -99,6 +146,54 @@ static void code_suspect(Engine *e) {
 static void forget_code(Engine *e, u64 page) {
     Kept *k = kept_of(e, page, false);
     if (k) k->valid = false;
+}
+
+// Lets the vCPU that runs look, when it has had no reason to for a while.
+static void *look_now_and_then(void *engine) {
+    Engine *e = engine;
+    pthread_mutex_lock(&e->m);
+    for (int idle = 0; !e->closing;) {
+        if (idle == IDLE_LOOKS) {
+            e->parked = 1;
+            pthread_cond_wait(&e->look, &e->m);
+            e->parked = idle = 0;
+            continue;
+        }
+        Vcpu *owner = e->owner;
+        u64 serving = e->serving, generation = e->generation;
+        struct timespec t;
+        clock_gettime(CLOCK_REALTIME, &t);
+        t.tv_nsec += LOOK_NS;
+        if (t.tv_nsec >= 1000000000) { t.tv_nsec -= 1000000000; t.tv_sec++; }
+        pthread_cond_timedwait(&e->look, &e->m, &t);
+        idle = serving == e->serving && !e->owner ? idle + 1 : 0;
+        if (owner && serving == e->serving && generation == e->generation) {
+            owner->suspect = 1;
+            stop(owner, &owner->yield);
+        }
+    }
+    pthread_mutex_unlock(&e->m);
+    return NULL;
+}
+
+static void start_looking(Engine *e) {
+    sigset_t all, old;
+    pthread_attr_t attr;
+    sigfillset(&all);
+    pthread_attr_init(&attr);
+    pthread_attr_setstacksize(&attr, 1 << 16);
+    pthread_sigmask(SIG_SETMASK, &all, &old);
+    e->looking = pthread_create(&e->looker, &attr, look_now_and_then, e) ? -1 : 1;
+    pthread_sigmask(SIG_SETMASK, &old, NULL);
+    pthread_attr_destroy(&attr);
+}
+
+static void stop_looking(Engine *e) {
+    pthread_mutex_lock(&e->m);
+    e->closing = 1;
+    pthread_cond_signal(&e->look);
+    pthread_mutex_unlock(&e->m);
+    if (e->looking > 0) pthread_join(e->looker, NULL);
 }
 
 static void free_kept(Engine *e) {

@@ -38,6 +38,8 @@ static Engine *engine_of(void *cs) {
 }
 
 _Noreturn static void leave(Vcpu *v, int kind);
+static void stop(Vcpu *v, atomic_int *why);
+static Region *region_at(Engine *e, u64 gpa);
 #include "code.h"
 #include "tlb.h"
 #include "decode.h"
@@ -77,7 +79,10 @@ static void our_exec_enter(void *cs) {
     Vcpu *v = cur;
     if (!v || v->replaying || v->alone) return;
     // Entered again within a run: the guest executed PAUSE, so somebody who waits may be who it waits for.
-    if (v->entered++ && e->ticket - e->serving > 1) atomic_store(&v->yield, 1);
+    if (v->entered++) {
+        code_suspect(e);
+        if (e->ticket - e->serving > 1) atomic_store(&v->yield, 1);
+    }
     if (atomic_load(&v->kick) || atomic_load(&v->yield)) p_emu_stop(e->uc);
 }
 
@@ -295,6 +300,7 @@ static void enter(Engine *e, Vcpu *v, int quick) {
         if (v) v->waited += monotonic_ns() - since;
     }
     e->owner = v;
+    if (v && e->parked) pthread_cond_signal(&e->look);
     pthread_mutex_unlock(&e->m);
     if (!v) return;
     cur = v;
@@ -308,6 +314,7 @@ static void enter(Engine *e, Vcpu *v, int quick) {
         if (e->window[v->preempted_gpa]) e->window[v->preempted_gpa] = 0;
     }
     if (e->last != v || v->flush) {
+        e->generation += e->last != v;
         e->last = v;
         v->flush = 0;
         p_tlb_flush(e->cpu);
@@ -367,6 +374,7 @@ int nv_complete(Vcpu *v) {
 
 int nv_run(Vcpu *v) {
     Engine *e = v->e;
+    if (!e->looking) start_looking(e);
     for (;;) {
         enter(e, v, 0);
         int kind = complete(v);

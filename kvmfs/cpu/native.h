@@ -3,6 +3,7 @@
 // layout.py mirrors the offsets that Python uses; nv_engine_new() refuses a library where they do not fit.
 #pragma once
 #include <pthread.h>
+#include <signal.h>
 #include <setjmp.h>
 #include <stdatomic.h>
 #include <stdbool.h>
@@ -128,6 +129,9 @@ typedef struct Engine {
     u64 kept_capacity, nkept, generation;
     u64 fetched[MAX_FETCHED]; // linear addresses of pages of code that the TLB may have
     int nfetched;
+    pthread_t looker;
+    pthread_cond_t look;
+    int looking, parked, closing; // looking: 1 there is a thread, -1 there cannot be one
     u8 *scratch;   // what an instruction that is being completed reads
     char dummy[512], readonly_mr[512], *window_mr;
     u8 *window;    // guest physical memory as one range of addresses

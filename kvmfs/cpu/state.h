@@ -4,7 +4,7 @@
 #include "native.h"
 
 enum { HOOK_INTR = 1, HOOK_INSN = 2, HOOK_READ_UNMAPPED = 16, HOOK_WRITE_UNMAPPED = 32, HOOK_FETCH_UNMAPPED = 64,
-       HOOK_WRITE_PROT = 256 };
+       HOOK_WRITE_PROT = 256, HOOK_EDGE_GENERATED = 1 << 15 };
 enum { PROT_R = 1, PROT_W = 2, PROT_X = 4 };
 
 static int load_symbols(const char *path) {
@@ -87,6 +87,7 @@ int nv_engine_new(const char *path, char *uc, const int *insns, Engine **out) {
     e->scratch = mmap(NULL, 4096 * SCRATCH_PAGES, PROT_READ | PROT_WRITE, flags, -1, 0);
     if (e->code == MAP_FAILED || e->scratch == MAP_FAILED) return 2;
     pthread_mutex_init(&e->m, NULL);
+    pthread_cond_init(&e->look, NULL);
     for (int i = 0; i < QUEUES; i++) pthread_cond_init(&e->c[i], NULL);
     int i = 0;
     while (engines[i]) i++;
@@ -98,6 +99,7 @@ int nv_engine_new(const char *path, char *uc, const int *insns, Engine **out) {
     for (int k = 0; k < 3; k++)
         if (p_hook_add(uc, &id, HOOK_INSN, f[k], NULL, (u64)1, (u64)0, insns[k])) return 3;
     if (p_hook_add(uc, &id, HOOK_INTR, (void *)h_intr, NULL, (u64)1, (u64)0)) return 3;
+    if (p_hook_add(uc, &id, HOOK_EDGE_GENERATED, (void *)h_translated, e, (u64)1, (u64)0)) return 3;
     int err = open_window(e);
     if (err) return err;
     install_tlb(e);
@@ -279,6 +281,7 @@ void nv_log_sync(Engine *e) {
 const u8 *nv_code_pages(Engine *e) { return e->code; }
 
 void nv_engine_close(Engine *e) {
+    stop_looking(e);
     int i = 0, last;
     while (engines[i] != e) i++;
     for (last = i; engines[last + 1]; last++) {}

@@ -86,6 +86,7 @@ def _monitor_mwait(vcpu: Vcpu) -> int:
     if (vcpu.vm.arch.disabled_quirks & KVM_X86_QUIRK_MWAIT_NEVER_UD_FAULTS
             and not vcpu.arch.cpuid.has(X86_FEATURE_MWAIT)):
         return _undefined(vcpu)
+    vcpu.cpu.suspect_code()         # the guest waits for somebody's store
     return skip_emulated_instruction(vcpu, 3)
 
 

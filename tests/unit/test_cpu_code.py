@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Code that is written by others than the guest: what runs afterwards is the new code."""
 
+import threading
+import time
+
 import pytest
 
 from kvmfs.abi.exits import KVM_EXIT_HLT, KVM_EXIT_IO
@@ -108,6 +111,48 @@ def test_several_cpus():
             while cpu.cpu.run() != 1:
                 pass
             assert cpu.cpu.gpr(0) == value
+
+
+def test_the_guest_writes_code_and_the_client_writes_it_back():
+    g = Guest("""start: mov byte ptr [rip+f+1],2
+ jmp 1f
+1: call f
+ hlt
+next: call f
+ hlt
+ .balign 64
+f: mov eax,1
+ ret""")
+    for _ in range(5):
+        assert again(g) == 2
+        g.ram[g.sym["f"] + 1] = 1
+        g.cpu.suspect_code()
+        g.cpu.rip = g.sym["next"]
+        g.hlt()
+        assert g.cpu.gpr(0) == 1
+
+
+@pytest.mark.parametrize("hint", ["pause", ""])
+def test_while_the_guest_runs(hint):
+    """The guest looks at a word of memory and at nothing else; PAUSE only makes it see new code sooner."""
+    g = Guest(f"""start: mov ebx,{FAR}
+1: {hint}
+ call rbx
+ mov [0x20000],eax
+ cmp eax,99
+ jne 1b
+ hlt""")
+    g.ram[FAR:FAR + 6] = b"\xb8\1\0\0\0\xc3"
+    thread = threading.Thread(target=g.hlt)
+    thread.start()
+    for value in (1, 2, 3, 2, 99):
+        g.ram[FAR + 1] = value
+        deadline = time.monotonic() + 20
+        while g.get(0x20000, 4) != value and time.monotonic() < deadline:
+            time.sleep(0.0005)
+        assert g.get(0x20000, 4) == value
+    thread.join(20)
+    assert not thread.is_alive()
 
 
 @pytest.mark.parametrize("vendor", ["amd", "intel"])
