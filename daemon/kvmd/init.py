@@ -85,8 +85,7 @@ def kvm_arch_hardware_setup(m: Module) -> Iterator[None]:
     assert m.ops is not None
     _self_test()
     m.ops.hardware_setup()
-    profile = getattr(m.ops, "profile", None)
-    m.note(engine="unicorn", **({"profile": profile} if isinstance(profile, str) else {}))
+    m.note(engine="unicorn", profile=m.options.profile)
     yield
 
 
@@ -127,7 +126,8 @@ def kvm_arch_check_processor_compat(m: Module) -> Iterator[None]:
 @contextlib.contextmanager
 def cpuhp_setup_state(m: Module) -> Iterator[None]:
     """A host CPU that goes offline takes no vCPU thread with it."""
-    vms = m.vms = Vms(m.zygote, m.ops.name if m.ops else "auto", _passthrough(m.options), m.options.faults)
+    vms = m.vms = Vms(m.zygote, m.ops.name if m.ops else "auto", _passthrough(m.options), m.options.faults,
+                       m.options.profile)
     try:
         watch = hotplug.HotplugWatch(lambda cpu: vms.tell("cpu_offline", cpu=cpu))
     except OSError as error:

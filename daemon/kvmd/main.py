@@ -20,6 +20,7 @@ from kvmd.options import Options
 from kvmd.zygote import Zygote
 from kvmfs.api.faults import Faults, RuleError
 from kvmfs.fuse import mount
+from kvmfs.kvm import profile as profiles
 
 log = logging.getLogger("kvmd")
 
@@ -110,6 +111,8 @@ def _watch_zygote(module: Module) -> None:
 @click.argument("mountpoint", type=click.Path(file_okay=False))
 @click.option("--vendor", type=click.Choice(["auto", "intel", "amd"]), default="auto", show_default=True,
               help="Which CPU the guests see; auto: the host's vendor.")
+@click.option("--profile", type=click.Choice(profiles.names()), default=profiles.DEFAULT, show_default=True,
+              help="Which kernel's KVM this presents: an older one has fewer ioctls, capabilities and flags.")
 @click.option("--mode", default="660", show_default=True, metavar="OCTAL", help="Permissions of the node.")
 @click.option("--owner", metavar="USER", help="Owner of the node (default: who runs the daemon).")
 @click.option("--group", metavar="GROUP", help="Group of the node (default: kvm, else 0).")
@@ -121,7 +124,7 @@ def _watch_zygote(module: Module) -> None:
               help="What is said on stderr; info: each step of the start, and VMs that come and go.")
 @click.option("--pid-file", type=click.Path(dir_okay=False), help="Write the process id there when ready.")
 @click.option("--ready-fd", type=int, metavar="FD", help='Write "ready" there when the node can be opened.')
-def main(mountpoint: str, vendor: str, mode: str, owner: str | None, group: str | None, passthrough: str,
+def main(mountpoint: str, vendor: str, profile: str, mode: str, owner: str | None, group: str | None, passthrough: str,
          faults: tuple[str, ...], log_level: str, pid_file: str | None, ready_fd: int | None) -> None:
     """Serve a fake /dev/kvm as MOUNTPOINT/kvm, in the foreground, until SIGTERM or SIGINT.
 
@@ -155,7 +158,8 @@ def main(mountpoint: str, vendor: str, mode: str, owner: str | None, group: str 
         raise click.BadParameter(f"{mode!r} is not an octal mode", param_hint="--mode") from None
     mount.clear_stale(mountpoint)       # before anything looks at the path
     try:
-        status = serve(Options(mountpoint, vendor, bits, owner, group, passthrough, pid_file, ready_fd, faults))
+        status = serve(Options(mountpoint, vendor, bits, owner, group, passthrough, pid_file, ready_fd, faults,
+                               profile))
     except (OSError, ValueError) as error:
         log.error("%s", error)
         status = 1

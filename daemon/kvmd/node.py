@@ -65,7 +65,7 @@ class Node:
         self._operations = PublicOperations(self._state, os.geteuid(), os.getegid())
         self._operations.add_node(STATE_INODE, STATE, mode=0o444, uid=uid, gid=gid)
         self._operations.add_node(NODE_INODE, NODE, mode=options.mode, uid=uid, gid=gid, size=0, data=None)
-        kvm = Kvm(ops, self._memory_of, shares_run=vms.passthrough)
+        kvm = Kvm(ops, self._memory_of, shares_run=vms.passthrough, profile=options.profile)
         self.dispatcher = SystemDispatcher(kvm, create_vm=vms.create)
         if options.faults:
             self.dispatcher.tap([Faults(options.faults)])

@@ -9,6 +9,8 @@ import os
 import pwd
 from dataclasses import dataclass
 
+from kvmfs.kvm.profile import DEFAULT
+
 log = logging.getLogger("kvmd")
 
 NODE_MODE = 0o660
@@ -28,6 +30,7 @@ class Options:
     pid_file: str | None = None
     ready_fd: int | None = None
     faults: tuple[str, ...] = ()        # rules of kvmfs.api.faults
+    profile: str = DEFAULT              # of kvmfs.kvm.profile: the kernel that guests and clients see
     listeners_fd: int | None = None     # a link over which seccomp listeners come (kvmfs run)
 
     def owner_id(self) -> int:

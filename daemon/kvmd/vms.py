@@ -23,6 +23,7 @@ from kvmfs.client.process import Process
 from kvmfs.client.tracer import ClientGoneError, Thread, TracedError, settle
 from kvmfs.errors import KvmError
 from kvmfs.fuse.mount import detached_mount, open_dev_fuse
+from kvmfs.kvm.profile import DEFAULT
 
 if TYPE_CHECKING:
     from kvmfs.fuse.channel import Request
@@ -56,8 +57,9 @@ class Receiver(Protocol):
 class Vms:
     """All VMs of this daemon."""
 
-    def __init__(self, zygote: Zygote, vendor: str, passthrough: bool, faults: Sequence[str] = ()) -> None:
-        self._zygote, self._vendor, self.passthrough = zygote, vendor, passthrough
+    def __init__(self, zygote: Zygote, vendor: str, passthrough: bool, faults: Sequence[str] = (),
+                 profile: str = DEFAULT) -> None:
+        self._zygote, self._vendor, self._profile, self.passthrough = zygote, vendor, profile, passthrough
         self.faults = list(faults)      # rules that new VMs get
         self._watchdog = Watchdog()
         self._hangs = HangWatch(self.brokers)
@@ -156,7 +158,8 @@ class Vms:
                 broker.number, [fuse, requests.fileno(), control.fileno(), process.pidfd, process.mem_fd,
                                 process.task_fd, maps],
                 uid=sandbox.worker_uid(broker.number), tid=process.tid, tgid=process.tgid,
-                device=broker.device, passthrough=int(self.passthrough), vendor=self._vendor, faults=self.faults,
+                device=broker.device, passthrough=int(self.passthrough), vendor=self._vendor,
+                profile=self._profile, faults=self.faults,
                 owner_uid=os.geteuid(), owner_gid=os.getegid())
             broker.attach_worker(pid, pidfd)
         finally:

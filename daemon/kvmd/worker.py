@@ -67,7 +67,8 @@ def main(message: Message, fds: list[int]) -> None:
         host = WorkerHost(link, process, fuse=fuse, maps=maps, device=message.integer("device"),
                           passthrough=bool(message.integer("passthrough", 0, 1)),
                           uid=message.integer("owner_uid"), gid=message.integer("owner_gid"))
-        worker = Worker(message.text("vendor", r"[a-z]+"), host, fuse, Link.from_fd(control), number)
+        worker = Worker(message.text("vendor", r"[a-z]+"), message.text("profile", r"[a-z0-9.-]+"), host, fuse,
+                        Link.from_fd(control), number)
         worker.window.set_faults(message.texts("faults"))
     except OSError as error:
         link.send("failed", **_link.failure(error))
@@ -78,9 +79,9 @@ def main(message: Message, fds: list[int]) -> None:
 class Worker:
     """Puts the VM, its channel and its file system together."""
 
-    def __init__(self, vendor: str, host: WorkerHost, fuse: int, control: Link, number: int) -> None:
+    def __init__(self, vendor: str, profile: str, host: WorkerHost, fuse: int, control: Link, number: int) -> None:
         self._host, self._control = host, control
-        self.vm = Vm(vendors.load(vendor), host)
+        self.vm = Vm(vendors.load(vendor), host, profile)
         self.dispatcher = VmDispatcher(self.vm)
         self.window = Window(self.vm, self.dispatcher, number)
         self.channel = Channel(fuse, self.dispatcher.ioctl, interrupt=self.dispatcher.interrupt,

@@ -23,14 +23,16 @@ from kvmfs.kvm.kvm_main import DEVICE_INODE, VCPU_INODE, VCPU_STATS_INODE, VM_IN
 if TYPE_CHECKING:
     from kvmfs.kvm.host import RequestLike
     from kvmfs.kvm.kvm_main import Kvm, Vm
+    from kvmfs.kvm.profile import Profile
 
 KVM_RUN, KVM_CREATE_VM = 0xAE80, 0xAE01
 
 
-def bind(level: Level, module: ModuleType) -> dict[int, Handler]:
-    """The handlers of one level by ioctl number."""
+def bind(level: Level, module: ModuleType, profile: Profile) -> dict[int, Handler]:
+    """The handlers of one level by ioctl number, as far as the profile's kernel has them."""
+    absent = profile.no_ioctls.get(level, ())
     return {entry.number: getattr(module, entry.handler) for entry in TABLE
-            if level in entry.levels and hasattr(module, entry.handler)}
+            if level in entry.levels and hasattr(module, entry.handler) and entry.number not in absent}
 
 
 class SystemDispatcher:
@@ -38,7 +40,7 @@ class SystemDispatcher:
 
     def __init__(self, kvm: Kvm, create_vm: Callable[[Any, int], Result]) -> None:
         self._kvm, self._create_vm = kvm, create_vm
-        self._bound = {**bind(Level.SYSTEM, system), KVM_CREATE_VM: self._create}
+        self._bound = {**bind(Level.SYSTEM, system, kvm.profile), KVM_CREATE_VM: self._create}
         self._handlers: Handlers = self._bound
 
     def tap(self, taps: Sequence[Tap]) -> None:
@@ -63,8 +65,8 @@ class VmDispatcher:
 
     def __init__(self, vm_: Vm) -> None:
         self._vm = vm_
-        self._bound = {Level.VM: bind(Level.VM, vm), Level.VCPU: bind(Level.VCPU, vcpu),
-                       Level.DEVICE: bind(Level.DEVICE, device)}
+        self._bound = {level: bind(level, module, vm_.profile)
+                       for level, module in ((Level.VM, vm), (Level.VCPU, vcpu), (Level.DEVICE, device))}
         self._bound[Level.VCPU].pop(KVM_RUN, None)
         self._tids: set[int] = set()
         self.counts: defaultdict[int, int] = defaultdict(int)   # calls by number

@@ -39,7 +39,7 @@ def get_api_version(kvm: Kvm, req: RequestLike) -> int:
 
 def check_extension(kvm: Kvm, req: RequestLike) -> int:
     """KVM_CHECK_EXTENSION (api.rst 4.4): the capability's value; 0 for what is absent or unknown."""
-    return caps.check_extension(kvm.vendor, req.arg, shares_run=kvm.shares_run)
+    return caps.check_extension(kvm.profile, req.arg, shares_run=kvm.shares_run)
 
 
 def get_vcpu_mmap_size(kvm: Kvm, req: RequestLike) -> int:
@@ -82,7 +82,7 @@ def get_emulated_cpuid(kvm: Kvm, req: RequestLike) -> bytes:
 def get_supported_hv_cpuid(kvm: Kvm, req: RequestLike) -> bytes:
     """KVM_GET_SUPPORTED_HV_CPUID on the node (KVM_CAP_SYS_HYPERV_CPUID).  E2BIG: room for too few entries; EFAULT."""
     nent, padding = _CPUID_HEADER.unpack(req.data)
-    entries = hyperv_cpuid.supported(lapic=True)
+    entries = kvm.profile.hyperv_cpuid(hyperv_cpuid.supported(lapic=True))
     if nent < len(entries):
         raise KvmError(errno.E2BIG)
     return _cpuid_out(kvm.memory_of(req), req.arg, entries, padding)
@@ -96,7 +96,7 @@ def _cpuid_out(memory: Memory, arg: int, entries: Sequence[CpuidEntry], padding:
 def get_msr_index_list(kvm: Kvm, req: RequestLike) -> tuple[int, bytes]:
     """KVM_GET_MSR_INDEX_LIST (api.rst 4.3): E2BIG: too little room, and nmsrs says how much; EFAULT."""
     vendor = kvm.vendor.name
-    return _list_out(kvm, req, (msr_lists.MSRS_TO_SAVE[vendor], msr_lists.EMULATED_MSRS[vendor]))
+    return _list_out(kvm, req, (msr_lists.MSRS_TO_SAVE[vendor], kvm.profile.msrs(msr_lists.EMULATED_MSRS[vendor])))
 
 
 def get_msr_feature_index_list(kvm: Kvm, req: RequestLike) -> tuple[int, bytes]:

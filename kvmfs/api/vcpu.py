@@ -183,7 +183,7 @@ def get_cpuid2(vcpu: Vcpu, req: RequestLike) -> bytes:
 def get_supported_hv_cpuid(vcpu: Vcpu, req: RequestLike) -> bytes:
     """KVM_GET_SUPPORTED_HV_CPUID (api.rst 4.118).  E2BIG: room for too few entries; EFAULT."""
     nent, padding = _CPUID_HEADER.unpack(req.data)
-    entries = hyperv_cpuid.supported(lapic=vcpu.arch.apic is not None)
+    entries = vcpu.vm.profile.hyperv_cpuid(hyperv_cpuid.supported(lapic=vcpu.arch.apic is not None))
     if nent < len(entries):
         raise KvmError(errno.E2BIG)
     cpuid.store_entries(vcpu.vm.host.memory, req.arg, entries)

@@ -51,7 +51,7 @@ TSS_ADDR_MAX = (1 << 32) - 3 * 4096
 
 def check_extension(vm: Vm, req: RequestLike) -> int:
     """KVM_CHECK_EXTENSION on a VM (KVM_CAP_CHECK_EXTENSION_VM): what this VM can do; unknown: 0."""
-    return caps.check_extension_vm(vm.vendor, req.arg, shares_run=vm.host.passthrough)
+    return caps.check_extension_vm(vm.profile, req.arg, shares_run=vm.host.passthrough)
 
 
 def create_vcpu(vm: Vm, req: RequestLike) -> None:

@@ -33,7 +33,7 @@ from kvmfs.kvm.kvmclock import VALID_FLAGS as KVM_CLOCK_VALID_FLAGS
 from kvmfs.kvm.xsave import XSAVE_SIZE
 
 if TYPE_CHECKING:
-    from kvmfs.vendor.ops import KvmX86Ops
+    from kvmfs.kvm.profile import Profile
 
 DIRTY_RING_BYTES = KVM_DIRTY_RING_MAX_ENTRIES * 16
 VM_TYPES = 1 << KVM_X86_DEFAULT_VM
@@ -188,18 +188,18 @@ NEEDS_SHARED_RUN = frozenset((K.KVM_CAP_DIRTY_LOG_RING, K.KVM_CAP_DIRTY_LOG_RING
 """What is absent where kvm_run areas are copied, not shared (no FUSE passthrough)."""
 
 
-def check_extension(vendor: KvmX86Ops, cap: int, *, shares_run: bool = True) -> int:
+def check_extension(profile: Profile, cap: int, *, shares_run: bool = True) -> int:
     """The answer on the node: capability ``cap``'s value, 0 where it is absent or unknown.  Never fails."""
     if cap in NEEDS_SHARED_RUN and not shares_run:
         return 0
     value = SUPPORTED.get(cap, 0)
-    return value if isinstance(value, int) else value()
+    return profile.extension(cap, value if isinstance(value, int) else value())
 
 
-def check_extension_vm(vendor: KvmX86Ops, cap: int, *, shares_run: bool = True) -> int:
+def check_extension_vm(profile: Profile, cap: int, *, shares_run: bool = True) -> int:
     """The answer on a VM's descriptor.
 
     In Linux it differs from the node's for protected and confidential VMs and where SMM was switched off;
     none of these exist here.
     """
-    return check_extension(vendor, cap, shares_run=shares_run)
+    return check_extension(profile, cap, shares_run=shares_run)

@@ -38,7 +38,7 @@ HYPERCALL_EXITS = 1 << KVM_HC_MAP_GPA_RANGE
 def vm_enable_cap(vm: Vm, cap: int, flags: int, argument: int) -> None:
     """On a VM (api.rst 4.37).  EINVAL: flags, a capability that cannot be enabled, an argument it does not take."""
     handler = VM_CAPS.get(cap)
-    if handler is None or (flags and handler is not _dirty_ring):
+    if handler is None or cap in vm.profile.cannot_enable or (flags and handler is not _dirty_ring):
         raise KvmError(errno.EINVAL)
     handler(vm, argument)
 
@@ -78,7 +78,7 @@ def _only(argument: int, valid: int) -> None:
 
 
 def _disable_quirks2(vm: Vm, argument: int) -> None:
-    _only(argument, SUPPORTED_QUIRKS)
+    _only(argument, vm.profile.mask(K.KVM_CAP_DISABLE_QUIRKS2, SUPPORTED_QUIRKS))
     _disable_quirks(vm, argument)
 
 

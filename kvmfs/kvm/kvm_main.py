@@ -15,6 +15,8 @@ from kvmfs.errors import KvmError
 from kvmfs.kvm import eventfd, kvmclock, x86
 from kvmfs.kvm.iodev import IoBus
 from kvmfs.kvm.memslots import MemSlots
+from kvmfs.kvm.profile import DEFAULT
+from kvmfs.kvm.profile import load as load_profile
 
 if TYPE_CHECKING:
     from kvmfs.kvm.coalesced_mmio import CoalescedZone
@@ -37,10 +39,12 @@ VCPU_STATS_INODE = 0x10000      # likewise
 class Kvm:
     """The system level: what a descriptor of the node itself stands for."""
 
-    def __init__(self, vendor: KvmX86Ops, memory_of: Callable[[RequestLike], Memory], *, shares_run: bool = True) -> None:
+    def __init__(self, vendor: KvmX86Ops, memory_of: Callable[[RequestLike], Memory], *, shares_run: bool = True,
+                 profile: str = DEFAULT) -> None:
         self.vendor = vendor
         self.shares_run = shares_run    # VMs' kvm_run areas are shared memory
         self.memory_of = memory_of
+        self.profile = load_profile(profile)
 
 
 class Vm:
@@ -50,8 +54,9 @@ class Vm:
     ``create_lock`` makes vCPUs appear one at a time.
     """
 
-    def __init__(self, vendor: KvmX86Ops, host: Host) -> None:
+    def __init__(self, vendor: KvmX86Ops, host: Host, profile: str = DEFAULT) -> None:
         self.vendor, self.host = vendor, host
+        self.profile = load_profile(profile)
         self.lock, self.slots_lock, self.create_lock = threading.Lock(), threading.Lock(), threading.Lock()
         self.engine = engine.take()
         self.mmio_bus, self.pio_bus, self.ccw_bus = IoBus(), IoBus(), IoBus()

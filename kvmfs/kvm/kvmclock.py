@@ -228,12 +228,15 @@ def get_kvmclock(vm: Vm) -> ClockData:
         if not clock.use_master_clock:
             return ClockData(tsc.kvmclock_base()[0] + clock.kvmclock_offset & M64, 0, 0, 0)
         realtime, host_tsc = tsc.clock_and_tsc(time.CLOCK_REALTIME)
-        return ClockData(_by_master_clock(clock, host_tsc), VALID_FLAGS, realtime, host_tsc)
+        now = _by_master_clock(clock, host_tsc)
+        if not vm.profile.clock_flags:
+            return ClockData(now, F.KVM_CLOCK_TSC_STABLE, 0, 0)
+        return ClockData(now, VALID_FLAGS, realtime, host_tsc)
 
 
 def set_kvmclock(vm: Vm, data: ClockData) -> None:
     """KVM_SET_CLOCK (``kvm_vm_ioctl_set_clock``).  EINVAL: unknown flags."""
-    if data.flags & ~VALID_FLAGS:
+    if data.flags & ~(VALID_FLAGS if vm.profile.clock_flags else 0):
         raise KvmError(errno.EINVAL)
     clock, value = vm.arch.clock, data.clock
     vm.arch.hyperv.reference_tsc.request_update()

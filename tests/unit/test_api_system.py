@@ -12,7 +12,7 @@ from kvmfs.abi import caps as K
 from kvmfs.abi import msrs as M
 from kvmfs.abi.ioctls import TABLE, Level
 from kvmfs.api import system
-from kvmfs.kvm import caps, cpuid_supported, msr_lists
+from kvmfs.kvm import caps, cpuid_supported, msr_lists, profile
 from kvmfs.kvm.cpuid import load_cpuid2
 
 # What kvm_vm_ioctl_check_extension of Linux 6.12 has a case for on x86, with every option compiled in.
@@ -28,7 +28,7 @@ LINUX_X86_CAPS = frozenset((
 def kvm(request):
     memory = FakeMemory()
     return SimpleNamespace(vendor=SimpleNamespace(name=request.param), memory=memory,
-                           memory_of=lambda req: memory, shares_run=True)
+                           memory_of=lambda req: memory, shares_run=True, profile=profile.load(profile.DEFAULT))
 
 
 def request(arg=ARG, *words):
@@ -81,7 +81,7 @@ def test_check_extension(kvm):
     for unknown in (5, 1000, 1 << 31, (1 << 32) + K.KVM_CAP_USER_MEMORY, (1 << 64) - 1):
         assert check(unknown) == 0
     for cap in range(300):
-        assert check(cap) == caps.check_extension_vm(kvm.vendor, cap) >= 0
+        assert check(cap) == caps.check_extension_vm(kvm.profile, cap) >= 0
     assert check(K.KVM_CAP_DIRTY_LOG_RING) == 1 << 20
     kvm.shares_run = False
     assert check(K.KVM_CAP_DIRTY_LOG_RING) == check(K.KVM_CAP_DIRTY_LOG_RING_ACQ_REL) == 0

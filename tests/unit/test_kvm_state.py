@@ -216,7 +216,7 @@ def test_device_attributes_of_the_node():
             with pytest.raises(KvmError) as e:
                 call(handler, group, attr)
             assert e.value.errno == errno.ENXIO
-    ask = lambda name: caps.check_extension(kvm.vendor, getattr(caps.K, f"KVM_CAP_{name}"))  # noqa: E731
+    ask = lambda name: caps.check_extension(kvm.profile, getattr(caps.K, f"KVM_CAP_{name}"))  # noqa: E731
     assert (ask("XSAVE2"), ask("SYNC_REGS"), ask("SET_GUEST_DEBUG2")) == (4096, 7, 0x1F0003)
 
 

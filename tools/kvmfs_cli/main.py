@@ -9,6 +9,8 @@ from typing import NoReturn
 
 import click
 
+from kvmfs.kvm import profile as profiles
+
 
 class _Number(click.ParamType):
     """A number in decimal, or with 0x in hexadecimal."""
@@ -26,7 +28,8 @@ class _Number(click.ParamType):
 
 
 _NUMBER = _Number()
-
+_PROFILE = click.option("--profile", type=click.Choice(profiles.names()), default=profiles.DEFAULT, show_default=True,
+                        help="Which kernel's KVM the program sees: an older one has fewer ioctls, capabilities and flags.")
 _VENDOR = click.option("--vendor", type=click.Choice(["auto", "intel", "amd"]), default="auto", show_default=True,
                        help="Which CPU the guests see: Linux's kvm-intel or kvm-amd; auto: as the host's CPU.")
 def _check_faults(context: click.Context, parameter: click.Parameter, rules: tuple[str, ...]) -> tuple[str, ...]:
@@ -57,6 +60,7 @@ def main() -> None:
 @main.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
               short_help="Run a program whose /dev/kvm is the fake node.")
 @_VENDOR
+@_PROFILE
 @_PASSTHROUGH
 @_FAULT
 @click.option("--node", type=click.Path(), metavar="PATH",
@@ -64,7 +68,7 @@ def main() -> None:
 @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="warning",
               show_default=True, help="What the private daemon says on stderr.")
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED, metavar="[--] PROGRAM [ARGUMENT]...")
-def run(vendor: str, passthrough: str, faults: tuple[str, ...], node: str | None, log_level: str,
+def run(vendor: str, profile: str, passthrough: str, faults: tuple[str, ...], node: str | None, log_level: str,
         command: tuple[str, ...]) -> None:
     """Run PROGRAM with the fake node at /dev/kvm.
 
@@ -89,7 +93,8 @@ def run(vendor: str, passthrough: str, faults: tuple[str, ...], node: str | None
     from kvmfs_cli import run as runner
 
     try:
-        status = runner.run(command, node=node, vendor=vendor, passthrough=passthrough, faults=faults, log_level=log_level)
+        status = runner.run(command, node=node, vendor=vendor, profile=profile, passthrough=passthrough, faults=faults,
+                            log_level=log_level)
     except runner.RunError as error:
         click.echo(f"kvmfs run: {error}", err=True)
         status = runner.EXIT_OURS
@@ -114,7 +119,7 @@ def version(as_json: bool) -> None:
     """Show versions, what kvmfs finds on this machine, and every mounted node with its VMs.
 
     With --json: "versions", "host" (what works here: fuse, passthrough, user_namespaces), "capabilities" (how many of
-    Linux's KVM_CAP_ are answered), "vendor" (what auto means here), "steps" (of the daemon's start) and "nodes".
+    Linux's KVM_CAP_ are answered), "vendor" (what auto means here), "profiles", "steps" (of the daemon's start) and "nodes".
     """
     from kvmfs_cli import version as facts
 
@@ -243,14 +248,15 @@ def stat(daemon: int | None, vm: int | None, once: bool, interval: float, as_jso
 @click.option("-o", "--output", type=click.Path(dir_okay=False), help="Write there, not to stderr (stdout when attached).")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line (kvmfs/api/trace.py describes it).")
 @_VENDOR
+@_PROFILE
 @_PASSTHROUGH
 @_FAULT
 @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="warning", show_default=True,
               help="What the private daemon says on stderr.")
 @click.argument("command", nargs=-1, type=click.UNPROCESSED, metavar="[--] [PROGRAM [ARGUMENT]...]")
 def trace(daemon: int | None, vm: int | None, vcpu: int | None, level: str | None, ioctls: tuple[str, ...], exits: bool,
-          times: bool, output: str | None, as_json: bool, vendor: str, passthrough: str, faults: tuple[str, ...], log_level: str,
-          command: tuple[str, ...]) -> None:
+          times: bool, output: str | None, as_json: bool, vendor: str, profile: str, passthrough: str,
+          faults: tuple[str, ...], log_level: str, command: tuple[str, ...]) -> None:
     """Show each ioctl with its fields, its result and how long it took; KVM_RUN with the exit that ended it.
 
     With PROGRAM it is run as 'kvmfs run' does, and the exit status is that of 'kvmfs run'.  Without, the VMs of a daemon that
@@ -272,7 +278,7 @@ def trace(daemon: int | None, vm: int | None, vcpu: int | None, level: str | Non
             tracer.trace_running(daemon, shown, output, as_json=as_json, times=times)
             return
         status = tracer.trace_command(command, shown, output, as_json=as_json, times=times, node=None, vendor=vendor,
-                                      passthrough=passthrough, faults=faults, log_level=log_level)
+                                      profile=profile, passthrough=passthrough, faults=faults, log_level=log_level)
     except runner.RunError as error:
         click.echo(f"kvmfs trace: {error}", err=True)
         status = runner.EXIT_OURS

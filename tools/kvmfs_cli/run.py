@@ -29,7 +29,7 @@ class RunError(Exception):
 class PrivateDaemon:
     """A kvmd of this run's own, on a temporary directory of this namespace."""
 
-    def __init__(self, *, vendor: str, passthrough: str, faults: tuple[str, ...], log_level: str) -> None:
+    def __init__(self, *, vendor: str, profile: str, passthrough: str, faults: tuple[str, ...], log_level: str) -> None:
         from kvmd.link import Link
         from kvmd.main import serve, set_up_log
         from kvmd.options import Options
@@ -50,7 +50,8 @@ class PrivateDaemon:
                     os._exit(1)
                 set_up_log(log_level)
                 # Only this namespace sees the node, so its mode may be open: the command may change its user.
-                status = serve(Options(self._directory, vendor=vendor, mode=0o666, passthrough=passthrough, faults=faults,
+                status = serve(Options(self._directory, vendor=vendor, profile=profile, mode=0o666,
+                                       passthrough=passthrough, faults=faults,
                                        ready_fd=writer, listeners_fd=theirs.fileno()))
             except BaseException as error:
                 print(f"kvmfs run: the daemon failed: {error}", file=sys.stderr)
@@ -85,8 +86,8 @@ class PrivateDaemon:
             pass
 
 
-def run(command: Sequence[str], *, node: str | None, vendor: str, passthrough: str, faults: tuple[str, ...],
-        log_level: str, prepare: Callable[[int], None] | None = None) -> int:
+def run(command: Sequence[str], *, node: str | None, vendor: str, profile: str, passthrough: str,
+        faults: tuple[str, ...], log_level: str, prepare: Callable[[int], None] | None = None) -> int:
     """Run ``command``; returns its exit status, 128 + n when signal n ended it.  Raises RunError.
 
     ``prepare`` is called with the private daemon's pid before the command starts; it may fork.
@@ -103,7 +104,7 @@ def run(command: Sequence[str], *, node: str | None, vendor: str, passthrough: s
             os.close(open_dev_fuse())
         except OSError as error:
             raise RunError(error.strerror or str(error)) from error
-        daemon = PrivateDaemon(vendor=vendor, passthrough=passthrough, faults=faults, log_level=log_level)
+        daemon = PrivateDaemon(vendor=vendor, profile=profile, passthrough=passthrough, faults=faults, log_level=log_level)
         node = daemon.node
     try:
         try:

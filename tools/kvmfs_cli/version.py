@@ -17,7 +17,7 @@ def collect() -> dict[str, Any]:
     """All facts as one JSON-able object."""
     from kvmd.init import STEPS
     from kvmfs import vendor
-    from kvmfs.kvm import caps
+    from kvmfs.kvm import caps, profile
 
     versions = {}
     for name in PACKAGES:
@@ -30,6 +30,7 @@ def collect() -> dict[str, Any]:
         "host": _host(),
         "capabilities": {"supported": len(caps.SUPPORTED), "absent": len(caps.ABSENT)},
         "vendor": vendor.load("auto").name,
+        "profiles": profile.names(),
         "steps": [getattr(step, "__name__", "?") for step in STEPS],
         "nodes": [node for path in _mountpoints() if (node := _state(path)) is not None],
     }
@@ -79,6 +80,7 @@ def show(facts: dict[str, Any]) -> None:
         table.add_row(name, value)
     host, capabilities = facts["host"], facts["capabilities"]
     table.add_row("vendor", f"{facts['vendor']} (what --vendor auto means here)")
+    table.add_row("profiles", f"{', '.join(facts['profiles'])} (--profile; the last one is the default)")
     table.add_row("capabilities", f"{capabilities['supported']} of the {sum(capabilities.values())} that Linux has on x86")
     table.add_row("/dev/fuse", "can be opened" if host["fuse"] is True else host["fuse"])
     table.add_row("passthrough", "yes" if host["passthrough"] else "no: kvm_run is copied at each exit")
