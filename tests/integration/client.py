@@ -117,4 +117,6 @@ def main() -> None:
         print(libc.ioctl(guest.vcpu, ctypes.c_ulong(RUN), 0), ctypes.get_errno())
 
 
-main()
+
+if __name__ == "__main__":
+    main()
