@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-from client import EXIT_HLT, EXIT_IO, RUN, Guest  # noqa: E402
+from client import EXIT_HLT, EXIT_IO, RUN, Guest
 
 SET_GUEST_DEBUG, EXIT_DEBUG, ENABLE_SW = 0x4048AE9B, 4, 0x10001
 FUNCTION, MAILBOX = 0x2000, 0x3000
