@@ -148,6 +148,69 @@ static void forget_code(Engine *e, u64 page) {
     if (k) k->valid = false;
 }
 
+static void drop(TlbEntry *t, u64 pa, const TlbEntry *keep) {
+    if (t != keep && (t->paddr & ~(0xfffull | NOT_RAM)) == pa && t->w != ~0ull) t->r = t->w = t->x = ~0ull;
+}
+
+static void drop_entries(Engine *e, u64 pa, const TlbEntry *keep) {
+    for (int m = 0; m < 3; m++) {
+        TlbFast *f = &F(TlbFast, TLB_FAST + 16 * m);
+        u64 n = (f->mask >> 6) + 1;
+        for (u64 i = 0; i < n; i++) drop(&f->table[i], pa, keep);
+        TlbEntry *victim = &F(TlbEntry, TLB_DESC + TLB_DESC_SIZE * m + TLB_DESC_VTABLE);
+        for (int i = 0; i < VTLB_SIZE; i++) drop(&victim[i], pa, keep);
+    }
+}
+
+// --- memory that is at several guest physical addresses ---
+//
+// Unicorn knows translations by guest physical address, so it does not see a store through another one. Therefore a page whose memory
+// has been executed elsewhere is not writable in the TLB; the store that comes to our_tlb_fill for it makes an end of that code,
+// whose next fetch makes an end of the writable entries again.
+
+static void find_sharers(Engine *e, Region *r) {
+    for (int i = 0; r->file && i < e->nregions; i++) {
+        Region *o = &e->region[i];
+        if (o != r && o->file == r->file && o->offset < r->offset + r->size && r->offset < o->offset + o->size)
+            o->shared = r->shared = 1;
+    }
+}
+
+// The next place of the memory at pa of r; from: where the search starts, and goes on.
+static bool next_sharer(Engine *e, const Region *r, u64 pa, int *from, u64 *other) {
+    u64 at = r->offset + (pa - r->gpa);
+    while (*from < e->nregions) {
+        const Region *o = &e->region[(*from)++];
+        if (o->file != r->file || o == r || at - o->offset >= o->size) continue;
+        *other = o->gpa + (at - o->offset);
+        return true;
+    }
+    return false;
+}
+
+static bool shares_code(Engine *e, const Region *r, u64 pa) {
+    u64 other;
+    for (int i = 0; next_sharer(e, r, pa, &i, &other);)
+        if (e->code[other >> 15] >> (other >> 12 & 7) & 1) return true;
+    return false;
+}
+
+static void drop_shared_code(Engine *e, const Region *r, u64 pa) {
+    u64 other;
+    for (int i = 0; next_sharer(e, r, pa, &i, &other);) {
+        if (!(e->code[other >> 15] >> (other >> 12 & 7) & 1)) continue;
+        u64 ram = p_ram_addr(e->uc, e->window) + other;
+        p_tb_invalidate(e->uc, ram, ram + 4096);
+        drop_entries(e, other, NULL);
+        e->code[other >> 15] &= ~(1 << (other >> 12 & 7));
+    }
+}
+
+static void drop_sharers(Engine *e, const Region *r, u64 pa) {
+    u64 other;
+    for (int i = 0; next_sharer(e, r, pa, &i, &other);) drop_entries(e, other, NULL);
+}
+
 // Lets the vCPU that runs look, when it has had no reason to for a while.
 static void *look_now_and_then(void *engine) {
     Engine *e = engine;

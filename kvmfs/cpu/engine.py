@@ -65,15 +65,16 @@ class Engine:
         self.cpus: list[Cpu] = []
         self._regions: dict[int, tuple[int, int]] = {}
 
-    def map(self, gpa: int, size: int, host_addr: int, *, readonly: bool = False) -> None:
+    def map(self, gpa: int, size: int, host_addr: int, *, readonly: bool = False, file: int = 0, offset: int = 0) -> None:
         """Make host memory guest memory; gpa, size and host_addr are multiples of 4096.
 
         It is either mapped at :attr:`window` + gpa already and stays there, or elsewhere as a shared mapping.
-        A write to a readonly region is an MMIO write. ValueError: misaligned, overlapping, or beyond 40 bits.
+        A write to a readonly region is an MMIO write. Regions with overlapping ranges, from offset on, of one file (any number but
+        0) are the same memory. ValueError: misaligned, overlapping, or beyond 40 bits.
         """
         if (gpa | size | host_addr) % _PAGE or not size or gpa + size > 1 << 40:
             raise ValueError(f"guest memory {gpa:#x}+{size:#x} at {host_addr:#x}")
-        error = self._lib.nv_map(self._engine, gpa, size, host_addr, readonly)
+        error = self._lib.nv_map(self._engine, gpa, size, host_addr, readonly, file, offset)
         if error:
             raise ValueError(f"guest memory {gpa:#x}+{size:#x}: refused ({error})")
         self._regions[gpa] = (size, host_addr)

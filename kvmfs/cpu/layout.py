@@ -231,7 +231,7 @@ def load() -> ctypes.CDLL:
         "nv_engine_new": (i32, (ctypes.c_char_p, ptr, ptr, ptr)),
         "nv_engine_close": (None, (ptr,)),
         "nv_cpu_new": (ptr, (ptr,)),
-        "nv_map": (i32, (ptr, u64, u64, ptr, i32)),
+        "nv_map": (i32, (ptr, u64, u64, ptr, i32, u64, u64)),
         "nv_unmap": (i32, (ptr, u64)),
         "nv_window": (ptr, (ptr,)),
         "nv_invalidate": (None, (ptr, u64, u64)),

@@ -152,7 +152,7 @@ static int region_index(Engine *e, u64 gpa) {
 }
 
 // Memory that is elsewhere appears in the window, too; it is a shared mapping. 0, 1 overlap, 2 out of memory, or an errno.
-int nv_map(Engine *e, u64 gpa, u64 size, u8 *host, int readonly) {
+int nv_map(Engine *e, u64 gpa, u64 size, u8 *host, int readonly, u64 file, u64 offset) {
     enter(e, NULL, 1);
     int i = region_index(e, gpa), alias = host != e->window + gpa, err = 0;
     if (i < e->nregions && e->region[i].gpa < gpa + size) err = 1;
@@ -165,7 +165,8 @@ int nv_map(Engine *e, u64 gpa, u64 size, u8 *host, int readonly) {
     if (!err && alias && mremap(host, 0, size, MREMAP_MAYMOVE | MREMAP_FIXED, e->window + gpa) == MAP_FAILED) err = errno;
     if (!err) {
         memmove(&e->region[i + 1], &e->region[i], (e->nregions++ - i) * sizeof(Region));
-        e->region[i] = (Region){gpa, size, e->window + gpa, readonly, alias, NULL, 0, 0};
+        e->region[i] = (Region){gpa, size, e->window + gpa, readonly, alias, NULL, 0, 0, file, offset, 0};
+        find_sharers(e, &e->region[i]);
         p_tlb_flush(e->cpu);
     }
     leave_engine(e, NULL);
@@ -205,15 +206,23 @@ int nv_unmap(Engine *e, u64 gpa) {
 
 u8 *nv_window(Engine *e) { return e->window; }
 
+static bool has_code(Engine *e, u64 pa) {
+    if (e->code[pa >> 15] >> (pa >> 12 & 7) & 1) return true;
+    const Region *r = region_at(e, pa);
+    return r && r->shared;
+}
+
 void nv_invalidate(Engine *e, u64 gpa, u64 size) {
     u64 end = (gpa + size + 4095) & ~0xfffull;
     int locked = 0;
     for (u64 p = gpa & ~0xfffull; p < end; p += 4096) {
-        if (p >> 40 || !(e->code[p >> 15] & (1 << (p >> 12 & 7)))) continue;
+        if (p >> 40 || (!locked && !has_code(e, p))) continue;
         if (!locked) enter(e, NULL, 1);
         locked = 1;
         u64 ram = p_ram_addr(e->uc, e->window + p);
         p_tb_invalidate(e->uc, ram, ram + 4096);
+        const Region *r = region_at(e, p);
+        if (r && r->shared) drop_shared_code(e, r, p);
     }
     if (locked) leave_engine(e, NULL);
 }

@@ -9,6 +9,7 @@
 //    entry leads to a scratch page with the bytes that the read exit brought.
 // 3. A page of a slot that logs and is not in its dirty bitmap is never writable in the TLB, so that the first store to it comes
 //    here. What the page walk itself writes (accessed and dirty bits) is found by comparing the entries before and after.
+// 4. Memory that is at two places is written through one of them only while there is no code of the other (see code.h).
 #pragma once
 #include "native.h"
 
@@ -24,10 +25,6 @@ static Region *region_at(Engine *e, u64 gpa) {
         else return r;
     }
     return NULL;
-}
-
-static void drop(TlbEntry *t, u64 pa, const TlbEntry *keep) {
-    if (t != keep && (t->paddr & ~(0xfffull | NOT_RAM)) == pa && t->w != ~0ull) t->r = t->w = t->x = ~0ull;
 }
 
 static bool ring_soft_full(const DirtyRing *ring) {
@@ -125,19 +122,18 @@ static bool fill_entry(void *cs, u64 va, int size, int access, int mmu, bool pro
         if (access == 1) mark_dirty(e, r, pa);
         else if (!is_dirty(r, pa)) t->w = ~0ull;
     }
+    if (r->shared && t->w != ~0ull && shares_code(e, r, pa)) {
+        if (access == 1) drop_shared_code(e, r, pa);
+        else t->w = ~0ull;
+    }
     u8 bit = 1 << (page & 7);
     if (access == 2) {
         note_fetch(e, va);
         bool same = code_unchanged(e, r, pa);
         if (!(e->code[page >> 3] & bit)) {
             e->code[page >> 3] |= bit;
-            for (int m = 0; m < 3; m++) {
-                TlbFast *g = &F(TlbFast, TLB_FAST + 16 * m);
-                u64 n = (g->mask >> 6) + 1;
-                for (u64 i = 0; i < n; i++) drop(&g->table[i], pa, t);
-                TlbEntry *victim = &F(TlbEntry, TLB_DESC + TLB_DESC_SIZE * m + TLB_DESC_VTABLE);
-                for (int i = 0; i < VTLB_SIZE; i++) drop(&victim[i], pa, t);
-            }
+            drop_entries(e, pa, t);
+            if (r->shared) drop_sharers(e, r, pa);
         }
         // The second page of a block is fetched while the block is being looked up, and it may just have gone: look again.
         Vcpu *v = cur;

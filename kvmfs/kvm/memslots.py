@@ -75,6 +75,24 @@ def _remap(address: int, size: int, to: int) -> None:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), "mremap of guest memory")
 
 
+class MappedPiece(NamedTuple):
+    """A part of a slot: bytes ``at`` to ``at + size`` of it, which are those from ``offset`` on of a file.
+
+    ``file`` is the same number, not 0, for each descriptor of it.
+    """
+
+    at: int
+    size: int
+    writable: bool
+    file: int
+    offset: int
+
+
+def _file_number(fd: int) -> int:
+    info = os.fstat(fd)
+    return (info.st_dev << 48 ^ info.st_ino) & (1 << 64) - 1 or 1
+
+
 class HostRange:
     """The mapping of one slot's memory in this process; closed when the slot goes.
 
@@ -85,7 +103,7 @@ class HostRange:
     def __init__(self, hva: int, size: int, segments: Sequence[Segment], at: int | None = None,
                  *, readonly: bool = False) -> None:
         self.size = size
-        self.pieces: list[tuple[int, int, bool]] = []      # offset in the slot, size, writable
+        self.pieces: list[MappedPiece] = []
         self._in_window = at is not None
         self.address = _reserve(None, size) if at is None else at
         try:
@@ -95,7 +113,8 @@ class HostRange:
                 offset = segment.hva - hva
                 _map(self.address + offset, segment.size, mmap.PROT_READ | mmap.PROT_WRITE, flags, segment.fd,
                      segment.offset)
-                self.pieces.append((offset, segment.size, segment.writable))
+                self.pieces.append(MappedPiece(offset, segment.size, segment.writable, _file_number(segment.fd),
+                                               segment.offset))
         except BaseException:
             self.close()
             raise
@@ -110,7 +129,7 @@ class HostRange:
             self._move(to)
 
     def _move(self, to: int) -> None:
-        for offset, size, _ in self.pieces:
+        for offset, size, *_ in self.pieces:
             _remap(self.address + offset, size, to + offset)
         _reserve(self.address, self.size)
         self.address = to
@@ -155,7 +174,8 @@ class RamEngine(LogEngine, Protocol):
 
     window: int
 
-    def map(self, gpa: int, size: int, host_addr: int, *, readonly: bool = False) -> None: ...
+    def map(self, gpa: int, size: int, host_addr: int, *, readonly: bool = False, file: int = 0,
+            offset: int = 0) -> None: ...
     def unmap(self, gpa: int, size: int) -> None: ...
 
 
@@ -277,8 +297,8 @@ class MemSlots:
     def _show(self, slot: MemSlot) -> None:
         assert slot.memory is not None
         base = slot.memory.address
-        for at, size, writable in slot.memory.pieces:
-            self.engine.map(slot.gpa + at, size, base + at, readonly=slot.readonly or not writable)
+        for at, size, writable, file, offset in slot.memory.pieces:
+            self.engine.map(slot.gpa + at, size, base + at, readonly=slot.readonly or not writable, file=file, offset=offset)
         if slot.dirty_bitmap is not None:
             self._log(slot)
 
@@ -286,12 +306,12 @@ class MemSlots:
         """The engine logs, or does not log any more, as the slot's bitmap says."""
         assert slot.memory is not None
         address = 0 if slot.dirty_bitmap is None else slot.dirty_bitmap.address
-        for at, _, _ in slot.memory.pieces:
+        for at, *_ in slot.memory.pieces:
             self.engine.log(slot.gpa + at, address, at // PAGE_SIZE, slot.id)
 
     def _hide(self, slot: MemSlot) -> None:
         assert slot.memory is not None
-        for at, size, _ in slot.memory.pieces:
+        for at, size, *_ in slot.memory.pieces:
             self.engine.unmap(slot.gpa + at, size)
 
     @contextlib.contextmanager
@@ -328,7 +348,7 @@ class MemSlots:
             if slot is None or slot.memory is None or (write and slot.readonly):
                 raise KvmError(errno.EFAULT)
             offset = gpa - slot.gpa
-            for at, length, writable in slot.memory.pieces:
+            for at, length, writable, *_ in slot.memory.pieces:
                 if at <= offset < at + length and (writable or not write):
                     take = min(size, at + length - offset)
                     yield slot.memory.address + offset, take, slot

@@ -156,6 +156,32 @@ def test_while_the_guest_runs(hint):
 
 
 @pytest.mark.parametrize("vendor", ["amd", "intel"])
+@pytest.mark.parametrize("second", ["same", "within", "after a move"])
+def test_code_is_written_through_an_alias(vendor, second):
+    """Two slots show the same memory; the guest writes through one what it executes through the other."""
+    m = Machine(vendor, """mov cx, 200
+1: mov [0x4001], cl
+ call 0xc000
+ cmp al, cl
+ jne bad
+ loop 1b
+bad: hlt""")
+    m.write(0x4000, b"\xb0\0\xc3")
+    assert m.region(0, 0, 0, 0, 0) == 0
+    assert m.region(0, 0, 0, 0xC000, 0) == 0
+    if second == "within":
+        assert m.region(1, 0, 0xC000, 0x2000, 0x4000) == 0
+    else:
+        at = 0x20000 if second == "after a move" else 0xC000
+        assert m.region(1, 0, at, 0x1000, 0x4000) == 0
+        assert m.region(1, 0, 0xC000, 0x1000, 0x4000) == 0
+    for _ in range(2):
+        m.set_regs(rip=MACHINE_CODE, rsp=0x7000)
+        assert (m.run(), m.reason, m.regs()["rcx"]) == (0, KVM_EXIT_HLT, 0)
+    m.close()
+
+
+@pytest.mark.parametrize("vendor", ["amd", "intel"])
 def test_between_two_runs(vendor):
     m = Machine(vendor, "1: mov al,1; out 0x10,al; jmp 1b")
     for value in range(1, 40):

@@ -45,7 +45,7 @@ class Ram:
         self.memory = mmap.mmap(-1, 1 << 22)
         self.window = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
 
-    def map(self, gpa, size, host_addr, *, readonly=False):
+    def map(self, gpa, size, host_addr, *, readonly=False, file=0, offset=0):
         self.calls.append(("map", gpa, size, host_addr, readonly))
 
     def unmap(self, gpa, size):
