@@ -87,8 +87,10 @@ def tpr_access_reporting(vcpu: Vcpu, req: RequestLike) -> bytes:
 
     Only an in-kernel APIC reports accesses; Linux accepts the call without one as well.
     """
-    if _TPR_ACCESS.unpack_from(req.data)[1]:
+    enabled, flags = _TPR_ACCESS.unpack_from(req.data)
+    if flags:
         raise KvmError(errno.EINVAL)
+    vcpu.arch.tpr_access_reporting = bool(enabled)
     return bytes(req.data)
 
 

@@ -143,6 +143,7 @@ static int replay(Vcpu *v) {
     Insn in;
     decode(e, v->state, &in);
     v->movbe = in.movbe;
+    v->exit.code = S(u64, EIP);
     v->nev = v->evpos = 0;
     v->used = v->allow = 0;
     v->npages = 0;

@@ -61,6 +61,7 @@ SUPPORTED: dict[int, int | Callable[[], int]] = {
     K.KVM_CAP_SPLIT_IRQCHIP: 1,
     K.KVM_CAP_BINARY_STATS_FD: 1,
     K.KVM_CAP_DEVICE_CTRL: 1,
+    K.KVM_CAP_VAPIC: 1,
     K.KVM_CAP_USER_MEMORY: 1,
     K.KVM_CAP_SET_TSS_ADDR: 1,
     K.KVM_CAP_EXT_CPUID: 1,
@@ -151,7 +152,6 @@ _SEV = "no encrypted guests"
 _PMU = "no PMU"
 
 ABSENT: dict[int, str] = {
-    K.KVM_CAP_VAPIC: "no KVM_SET_VAPIC_ADDR, no TPR access reporting",
     K.KVM_CAP_SYNC_MMU: "a client's later mmap or munmap in a slot's range is not followed",
     K.KVM_CAP_XEN_HVM: "no Xen guests",
     K.KVM_CAP_PCI_SEGMENT: "device assignment is gone from KVM; Linux still says 1",

@@ -15,6 +15,7 @@ from kvmfs.abi import apic as A
 from kvmfs.abi.flags import KVM_X86_QUIRK_LAPIC_MMIO_HOLE
 from kvmfs.abi.msrs import APIC_BASE_MSR
 from kvmfs.errors import KvmError
+from kvmfs.kvm import vapic
 from kvmfs.kvm.lapic_core import LVT_ENTRIES, LVT_ENTRIES_CMCI, LVT_REGISTERS, LapicCore, x2apic_ldr
 
 if TYPE_CHECKING:
@@ -55,7 +56,9 @@ class Lapic(LapicCore):
             return 0
         if offset == A.APIC_TMCCT:
             return self.timer.current_count()
-        if offset == A.APIC_PROCPRI:
+        if offset == A.APIC_TASKPRI:
+            vapic.report_tpr_access(self.vcpu, is_write=False)
+        elif offset == A.APIC_PROCPRI:
             self.update_ppr()
         elif A.APIC_ISR <= offset < A.APIC_ESR:
             self._sync_vectors()
@@ -73,6 +76,7 @@ class Lapic(LapicCore):
         return True
 
     def _write_tpr(self, offset: int, value: int) -> bool:
+        vapic.report_tpr_access(self.vcpu, is_write=True)
         self.set_tpr(value & 0xFF)
         return True
 

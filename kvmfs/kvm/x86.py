@@ -118,6 +118,7 @@ class VcpuArch:
         self.entry_check = True             # a client changed state: is it one that can be entered?
         self.cpuid_changed = True
         self.apic_base = APIC_BASE_RESET
+        self.tpr_access_reporting = self.tpr_access_pending = False
         self.vapic_addr = 0                 # of the client's virtual APIC word, 0: none
         self.pv_eoi = PvEoi()
         self.apic_attention = False         # one of these two is in use (Linux: a bit for each)
@@ -389,6 +390,9 @@ def process_requests(vcpu: Vcpu) -> bool:
         requests.popleft()(vcpu)
     if kvmclock.needs_refresh(vcpu):
         requests.append(kvmclock.refresh_guest_time)
+    if vcpu.arch.tpr_access_pending:
+        vapic.exit_tpr_access(vcpu)
+        return True
     hv = vcpu.arch.hyperv
     if hv is None or not hv.exit_pending:
         return False
