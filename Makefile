@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 PYTHON := .venv/bin/python
 
-.PHONY: all setup clients run boot selftests test clean
+.PHONY: all setup clients run boot bench selftests test clean
 
 all: setup clients
 
@@ -26,6 +26,11 @@ selftests: setup
 	$(PYTHON) tools/selftests/run.py
 
 # The fast ones of the kernel's selftests belong to it; where their source cannot be had they are skipped.
+# kvmfs beside its rivals (a C libfuse server, the machine's own node, QEMU's TCG): a table, and build/bench.json.
+bench: setup clients
+	@$(MAKE) --no-print-directory -C tools/bench
+	@PYTHONPATH=.:daemon:tools $(PYTHON) -m kvmfs_bench $(BENCH)
+
 test: setup clients
 	tools/selftests/build.sh $$($(PYTHON) tools/selftests/run.py --fast --list) || true
 	.venv/bin/ruff check .

@@ -10,16 +10,13 @@ host cannot have a node the tests are skipped, and the reason says what is missi
 from __future__ import annotations
 
 import os
-import shutil
-import subprocess
-import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+
+from kvmfs.testing.daemon import Daemon, DaemonError
 
 if TYPE_CHECKING:
     from kvmfs.testing.client import Kvm
@@ -29,7 +26,6 @@ MARKERS = (
     "kvm_fault(rule, ...): faults that the node of this test injects (kvmfs mount --help has the rules).",
 )
 DEFAULT_NODE = "/dev/kvm"
-STOP_PATIENCE = 20          # seconds for a daemon to end its VMs
 _NEEDED = ("fuse", "mounting", "capabilities", "ptrace", "pidfd", "engine")
 
 
@@ -55,46 +51,6 @@ class Wish:
         """kvmd's options for it."""
         return [*(["--vendor", self.vendor] if self.vendor else []),
                 *(part for fault in self.faults for part in ("--fault", fault))]
-
-
-class DaemonError(Exception):
-    """A daemon did not start; the text is what it said."""
-
-
-class Daemon:
-    """A kvmd on a temporary directory."""
-
-    def __init__(self, wish: Wish) -> None:
-        self.directory = Path(tempfile.mkdtemp(prefix="kvmfs-pytest-"))
-        self.node = str(self.directory / "node" / "kvm")
-        self._log = self.directory / "log"
-        reader, writer = os.pipe()
-        with self._log.open("wb") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "kvmd", "--log-level", "warning", "--mode", "600", "--ready-fd", str(writer),
-                 *wish.options(), str(self.directory / "node")],
-                stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=[writer])
-        os.close(writer)
-        with os.fdopen(reader, "rb") as file:
-            ready = file.read() == b"ready\n"
-        if not ready:
-            said = self._log.read_text(errors="replace").strip()
-            self.stop()
-            raise DaemonError(said)
-
-    def alive(self) -> bool:
-        """Whether it still runs."""
-        return self._process.poll() is None
-
-    def stop(self) -> None:
-        """End it in order; nothing stays."""
-        self._process.terminate()
-        try:
-            self._process.wait(STOP_PATIENCE)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        shutil.rmtree(self.directory, ignore_errors=True)
 
 
 class Nodes:
@@ -123,7 +79,7 @@ class Nodes:
     @staticmethod
     def _start(wish: Wish) -> Daemon:
         try:
-            return Daemon(wish)
+            return Daemon(wish.options())
         except DaemonError as error:
             if why := _what_is_missing():
                 pytest.skip(f"no KVM node: {why} ('kvmfs doctor' says more)")
