@@ -230,10 +230,11 @@ static void *look_now_and_then(void *engine) {
         if (t.tv_nsec >= 1000000000) { t.tv_nsec -= 1000000000; t.tv_sec++; }
         pthread_cond_timedwait(&e->look, &e->m, &t);
         idle = serving == e->serving && !e->owner ? idle + 1 : 0;
-        if (owner && serving == e->serving && generation == e->generation) {
-            owner->suspect = 1;
-            stop(owner, &owner->yield);
-        }
+        if ((!owner && serving == e->serving) || generation != e->generation) continue;
+        Vcpu *runs = e->owner ? e->owner : e->last; // or it is out for a moment, for what is handled in here
+        if (!runs) continue;
+        runs->suspect = 1;
+        if (runs == e->owner) stop(runs, &runs->yield);
     }
     pthread_mutex_unlock(&e->m);
     return NULL;

@@ -74,6 +74,7 @@ def _cpuid(vcpu: Vcpu) -> int:
         values = (*values[:3], values[3] & ~hyperv.INVARIANT_TSC)
     for index, value in zip((RAX, RBX, RCX, RDX), values, strict=True):
         cpu.set_gpr(index, value)
+    cpu.suspect_code()              # it serializes: with it a CPU asks for the code that another one has written
     return skip_emulated_instruction(vcpu, 2)
 
 

@@ -9,7 +9,7 @@ import pytest
 from kvmfs.abi.exits import KVM_EXIT_HLT, KVM_EXIT_IO
 from tests.guest import CODE, Guest
 from tests.unit.machine import CODE as MACHINE_CODE
-from tests.unit.machine import Machine
+from tests.unit.machine import RAM, Machine
 
 FAR = 0x200000
 
@@ -191,4 +191,35 @@ def test_between_two_runs(vendor):
         assert m.io()[4] == bytes([value])
     m.write(MACHINE_CODE, b"\xf4")
     assert (m.run(), m.reason) == (0, KVM_EXIT_HLT)
+    m.close()
+
+
+@pytest.mark.parametrize("handled", ["cpuid", "mov ecx, 0x10; rdmsr", "mov ecx, 0x1b; rdmsr"])
+@pytest.mark.parametrize("vendor", ["amd", "intel"])
+def test_exits_that_are_handled_in_here(vendor, handled):
+    """The client is not asked, and the guest never stays in for long; CPUID makes it see new code at once."""
+    m = Machine(vendor, f"1: {handled}; code: mov ax, 1; cmp ax, 1; je 1b; hlt")
+    patcher = threading.Timer(0.05, m.write, (m.symbols["code"] + 1, b"\x77"))
+    patcher.start()
+    started = time.monotonic()
+    assert (m.run(), m.reason, m.regs()["rax"] & 0xFFFF) == (0, KVM_EXIT_HLT, 0x77)
+    assert time.monotonic() - started < 3       # 10 ms, when it gets a CPU
+    patcher.join()
+    m.close()
+
+
+def test_one_memory_in_two_slots():
+    """What the guest or a device writes through one address is executed at the other, after an exit between."""
+    m = Machine("amd", "start: inc byte ptr [0x1001 + code - start]; hlt; code: mov al, 0; hlt; jmp start")
+    assert m.region(1, 0, RAM, 0x10000, 0) == 0
+    sregs = m.sregs()
+    sregs.ds.base = RAM + MACHINE_CODE - 0x1000
+    assert m.set_sregs(sregs) == 0
+    for value in (1, 2, 3):
+        assert m.run() == m.run() == 0
+        assert m.regs()["rax"] & 0xFF == value
+    assert m.run() == 0
+    m.vm.memslots.write(RAM + m.symbols["code"] + 1, b"\x63")
+    assert m.run() == 0
+    assert m.regs()["rax"] & 0xFF == 0x63
     m.close()
