@@ -95,8 +95,10 @@ def _walk(vcpu: Vcpu, table: int, gva: int, shifts: tuple[int, ...], size: int, 
             large = False       # a PDPTR of PAE paging has no size bit
         if large or shift == 12:
             mask = (1 << shift) - 1
-            if size == 4 and shift == 22:      # PSE-36: bits 13-20 are address bits 32-39
-                base = entry & 0xFFC00000 | (entry >> 13 & 0xFF) << 32
+            if size == 4 and shift == 22:      # PSE-36: bits 13-16 are address bits 32-35, for KVM the rest is reserved
+                if entry & 0x3E0000:
+                    return None
+                base = entry & 0xFFC00000 | (entry >> 13 & 0xF) << 32
             else:
                 base = entry & (_ADDRESS_64 if size == 8 else 0xFFFFF000) & ~mask
             return base | (gva & mask)
