@@ -88,8 +88,13 @@ static void note_walk(Engine *e, u64 va) {
     }
 }
 
+// MOV to CR3 takes any value here, and the page walk would follow it to what is ours (AUX_BASE). No hardware has such addresses: the
+// bits are reserved.
+static void confine_cr3(Engine *e) { F(u64, CR + 24) &= GPA_END - 1; }
+
 static bool fill_entry(void *cs, u64 va, int size, int access, int mmu, bool probe, u64 ra) {
     Engine *e = engine_of(cs);
+    if (F(u64, CR + 24) >= GPA_END) confine_cr3(e);
     if (e->nlogged) {
         settle_walk(e);
         note_walk(e, va);
@@ -197,6 +202,7 @@ static int guest_phys(Engine *e, const char *state, u64 va, u64 *gpa) {
         return 1;
     }
     if (state != e->env) return 0;
+    confine_cr3(e);
     u32 attrs[4] = {0};
     u64 pa = e->phys_debug(e->cpu, va & ~0xfffull, attrs);
     if (pa == ~0ull) return 0;
