@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 PYTHON := .venv/bin/python
 
-.PHONY: all setup clients run boot bench selftests test clean
+.PHONY: all setup clients run boot boot-matrix bench selftests test clean
 
 all: setup clients
 
@@ -20,19 +20,26 @@ run: setup clients
 boot: setup
 	tools/boot.sh
 
+# Machine types, devices, the monitor, boot loaders: every case of tools/qemu_boot/cases.py, one line each.
+boot-matrix: setup
+	tools/boot-packages.sh ovmf memtest86+ grub-common grub-pc-bin xorriso mtools qemu-utils
+	PYTHONPATH=.:daemon:tools $(PYTHON) -m qemu_boot.matrix
+
 # Linux's own KVM selftests, from Debian's linux-source-6.12, on the fake node, both vendors.
 selftests: setup
 	tools/selftests/build.sh
 	$(PYTHON) tools/selftests/run.py
 
-# The fast ones of the kernel's selftests belong to it; where their source cannot be had they are skipped.
 # kvmfs beside its rivals (a C libfuse server, the machine's own node, QEMU's TCG): a table, and build/bench.json.
 bench: setup clients
 	@$(MAKE) --no-print-directory -C tools/bench
 	@PYTHONPATH=.:daemon:tools $(PYTHON) -m kvmfs_bench $(BENCH)
 
+# The fast ones of the kernel's selftests belong to it; where their source cannot be had they are skipped.
+# So is QEMU where its packages cannot be had.
 test: setup clients
 	tools/selftests/build.sh $$($(PYTHON) tools/selftests/run.py --fast --list) || true
+	tools/boot-packages.sh || true
 	.venv/bin/ruff check .
 	.venv/bin/mypy
 	$(PYTHON) -m pytest

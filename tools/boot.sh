@@ -5,25 +5,7 @@
 set -eu
 cd "$(dirname "$0")/.."
 cpus=${1:-2}
-packages="qemu-system-x86 linux-image-cloud-amd64 busybox-static cpio"
-
-missing=
-for package in $packages; do
-    case $(dpkg-query -W -f '${db:Status-Abbrev}' "$package" 2>/dev/null) in
-        ii*) ;;
-        *) missing="$missing $package" ;;
-    esac
-done
-if [ -n "$missing" ]; then
-    if [ "$(id -u)" != 0 ]; then
-        echo "boot: these packages are missing; as root: apt-get install$missing" >&2
-        exit 1
-    fi
-    export DEBIAN_FRONTEND=noninteractive
-    apt-get update -q
-    # shellcheck disable=SC2086
-    apt-get install -y -q --no-install-recommends $missing
-fi
+tools/boot-packages.sh
 
 kernel=$(find /boot -name 'vmlinuz-*cloud*' | sort | tail -n 1)
 root=build/initramfs
