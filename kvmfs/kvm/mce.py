@@ -37,6 +37,8 @@ def setup(vcpu: Vcpu, mcg_cap: int) -> None:
     if mcg_cap & ~(supported_cap(vcpu.vm.vendor.name) | BANKS | EXTENDED_COUNT):
         raise KvmError(errno.EINVAL)
     vcpu.arch.msrs.setup_mce(mcg_cap)
+    if vcpu.arch.apic is not None:
+        vcpu.arch.apic.after_set_mcg_cap()
 
 
 def inject(vcpu: Vcpu, mce: KvmX86Mce) -> None:

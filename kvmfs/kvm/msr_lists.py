@@ -6,7 +6,7 @@ Linux: msrs_to_save, emulated_msrs, msr_based_features and msr_io in arch/x86/kv
 
 The lists are true: each MSR in them can be read and written back.  Left out against Linux, because what they
 stand for is absent: PMU, Intel PT, SPEC_CTRL, XFD and UMWAIT; branch records; SMBASE (no SMM); VMX
-capabilities and VIRT_SPEC_CTRL; ARCH_CAPABILITIES on AMD, which has none.
+capabilities and VIRT_SPEC_CTRL.
 """
 
 from __future__ import annotations
@@ -69,7 +69,8 @@ EMULATED_MSRS: dict[str, tuple[int, ...]] = {
               M.MSR_IA32_MISC_ENABLE, M.MSR_IA32_MCG_STATUS, M.MSR_IA32_MCG_CTL, M.MSR_IA32_MCG_EXT_CTL,
               M.MSR_SMI_COUNT, M.MSR_PLATFORM_INFO, M.MSR_MISC_FEATURES_ENABLES, M.MSR_IA32_POWER_CTL,
               M.MSR_IA32_UCODE_REV, M.MSR_K7_HWCR, *KVM_MSRS_LAST),
-    "amd": (*_KVM_LISTED, M.MSR_IA32_TSC_ADJUST, M.MSR_IA32_TSC_DEADLINE, M.MSR_IA32_PERF_CAPABILITIES, M.MSR_IA32_MISC_ENABLE,
+    "amd": (*_KVM_LISTED, M.MSR_IA32_TSC_ADJUST, M.MSR_IA32_TSC_DEADLINE, M.MSR_IA32_ARCH_CAPABILITIES,
+            M.MSR_IA32_PERF_CAPABILITIES, M.MSR_IA32_MISC_ENABLE,
             M.MSR_IA32_MCG_STATUS, M.MSR_IA32_MCG_CTL, M.MSR_SMI_COUNT, M.MSR_PLATFORM_INFO,
             M.MSR_MISC_FEATURES_ENABLES,
             M.MSR_AMD64_TSC_RATIO, M.MSR_IA32_POWER_CTL, M.MSR_IA32_UCODE_REV, M.MSR_K7_HWCR, *KVM_MSRS_LAST),
@@ -80,7 +81,7 @@ FEATURE_VALUES: dict[str, dict[int, int]] = {
     "intel": {M.MSR_IA32_UCODE_REV: 1 << 32, M.MSR_IA32_ARCH_CAPABILITIES: ARCH_CAPABILITIES,
               M.MSR_IA32_PERF_CAPABILITIES: 0},
     "amd": {M.MSR_AMD64_DE_CFG: M.MSR_AMD64_DE_CFG_LFENCE_SERIALIZE, M.MSR_IA32_UCODE_REV: 0x01000065,
-            M.MSR_IA32_PERF_CAPABILITIES: 0},
+            M.MSR_IA32_ARCH_CAPABILITIES: ARCH_CAPABILITIES, M.MSR_IA32_PERF_CAPABILITIES: 0},
 }
 """vendor → {feature MSR: value}, in the order of KVM_GET_MSR_FEATURE_INDEX_LIST."""
 

@@ -159,10 +159,10 @@ class MsrFile:
             M.MSR_IA32_MISC_ENABLE: MISC_ENABLE_RESET,
             M.MSR_PLATFORM_INFO: M.MSR_PLATFORM_INFO_CPUID_FAULT,
             M.MSR_IA32_UCODE_REV: features[M.MSR_IA32_UCODE_REV],
+            M.MSR_IA32_ARCH_CAPABILITIES: features[M.MSR_IA32_ARCH_CAPABILITIES],
         }
         if vendor == "intel":
-            self._values |= {M.MSR_IA32_FEAT_CTL: 0, M.MSR_IA32_MCG_EXT_CTL: 0,
-                             M.MSR_IA32_ARCH_CAPABILITIES: features[M.MSR_IA32_ARCH_CAPABILITIES]}
+            self._values |= {M.MSR_IA32_FEAT_CTL: 0, M.MSR_IA32_MCG_EXT_CTL: 0}
         else:
             self._values |= {M.MSR_AMD64_DE_CFG: 0, M.MSR_VM_CR: 0, M.MSR_AMD64_TSC_RATIO: TSC_RATIO_DEFAULT,
                              M.MSR_AMD64_OSVW_ID_LENGTH: OSVW_LENGTH_RESET}

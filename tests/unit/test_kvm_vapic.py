@@ -128,3 +128,18 @@ def test_the_guest_s_word(machine):
     assert m.count(0x55) == 1
     assert m.regs()["rbx"] == 0x10
     assert vapic(m, 0) == 0
+
+
+def test_machine_checks_bring_the_cmci_entry(machine):
+    """KVM_X86_SETUP_MCE after the APIC was made: its version and its LVT follow MCG_CMCI_P (bit 10)."""
+    m = machine()
+
+    def version():
+        return struct.unpack_from("<I", m.ioctl(VCPU_INODE, K.KVM_GET_LAPIC, ARG)[1], 0x30)[0] >> 16 & 0xFF
+
+    assert version() == 5
+    cmci = m.vm.vendor.name == "intel"
+    assert m.ioctl(VCPU_INODE, K.KVM_X86_SETUP_MCE, ARG, struct.pack("<Q", 1 | cmci << 10))[0] == 0
+    assert version() == 5 + cmci
+    assert m.ioctl(VCPU_INODE, K.KVM_X86_SETUP_MCE, ARG, struct.pack("<Q", 1))[0] == 0
+    assert version() == 5
