@@ -278,9 +278,10 @@ static u64 monotonic_ns(void) {
 
 // The engine runs one vCPU at a time; waiters are served in order and get it after a slice, or at once. The first of them sees
 // to it that the slice ends; the others sleep until they are the first.
-static void enter(Engine *e, Vcpu *v, int quick) {
+// `my`: the ticket that leave_engine() took, or NO_TICKET.
+static void enter_with(Engine *e, Vcpu *v, int quick, u64 my) {
     pthread_mutex_lock(&e->m);
-    u64 my = e->ticket++;
+    if (my == NO_TICKET) my = e->ticket++;
     if (e->serving != my) {
         u64 since = v ? monotonic_ns() : 0;
         e->quick += quick;
@@ -327,7 +328,10 @@ static void enter(Engine *e, Vcpu *v, int quick) {
     }
 }
 
-static void leave_engine(Engine *e, Vcpu *v) {
+static void enter(Engine *e, Vcpu *v, int quick) { enter_with(e, v, quick, NO_TICKET); }
+
+// `again`: the caller wants it back after the others. Its ticket is taken here, so that none of them ever finds itself alone.
+static u64 give_turn(Engine *e, Vcpu *v, int again) {
     if (v) {
         cur = NULL;
         if (e->ncpus > 1) {
@@ -337,11 +341,14 @@ static void leave_engine(Engine *e, Vcpu *v) {
     }
     pthread_mutex_lock(&e->m);
     e->owner = NULL;
-    u64 next = ++e->serving, waiters = e->ticket - next;
+    u64 my = again ? e->ticket++ : NO_TICKET, next = ++e->serving, waiters = e->ticket - next;
     pthread_mutex_unlock(&e->m);
     if (waiters) pthread_cond_broadcast(&e->c[next % QUEUES]);
     if (waiters > 1) pthread_cond_broadcast(&e->c[(next + 1) % QUEUES]);
+    return my;
 }
+
+static void leave_engine(Engine *e, Vcpu *v) { give_turn(e, v, 0); }
 
 void nv_lock(Engine *e) { enter(e, NULL, 1); }
 void nv_unlock(Engine *e) { leave_engine(e, NULL); }
@@ -375,18 +382,21 @@ int nv_complete(Vcpu *v) {
 
 int nv_run(Vcpu *v) {
     Engine *e = v->e;
+    u64 ticket = NO_TICKET;
     if (!e->looking) start_looking(e);
     for (;;) {
-        enter(e, v, 0);
-        int kind = complete(v);
+        enter_with(e, v, v->owed, ticket);
+        int kind = complete(v), ran = v->owed = 0;
         while (!kind && !atomic_load(&v->yield)) {
             if (atomic_exchange(&v->kick, 0)) {
+                v->owed = !ran; // its turn goes by with looking at what came while it waited
                 leave_engine(e, v);
                 return v->exit.kind = EXIT_NONE;
             }
             kind = trapped(v);
             if (kind) break;
             arm(v);
+            ran = 1;
             if (v->exc_vector < 0 && (v->restep || (e->nbreaks && F(u64, EFLAGS) & FL_RF))) {
                 v->restep = 0;
                 v->alone = 1;
@@ -407,7 +417,7 @@ int nv_run(Vcpu *v) {
         }
         atomic_store(&v->yield, 0);
         if (!kind && v->preempted_gpa) e->window[v->preempted_gpa] = PREEMPTED;
-        leave_engine(e, v);
+        ticket = give_turn(e, v, !kind);
         if (kind) return v->exit.kind = kind;
     }
 }

@@ -48,6 +48,7 @@ enum { PEND_NONE, PEND_OUT, PEND_IN, PEND_INS, PEND_MMIO };
 enum { MAX_KNOWN = 128, MAX_EVENTS = 128, SCRATCH_PAGES = 4, IO_DATA = 1024, MAX_CPUS = 4096,
        QUEUES = 64 };
 enum { MAX_FETCHED = 8 }; // pages that are dropped from the TLB one by one
+#define NO_TICKET (~0ull)
 #define GPA_END (1ull << 40)      // QEMU's physical addresses have 40 bits
 #define NOT_RAM (1ull << 45)      // in the TLB: the page has no memory, or only to read
 #define AUX_BASE (1ull << 46)     // the vCPUs' VMCBs: no page table entry reaches them
@@ -101,6 +102,7 @@ typedef struct Vcpu {
     Known known[MAX_KNOWN];
     u64 page[SCRATCH_PAGES];
     int nknown, npages, nev, evpos;
+    int owed;             // the next turn comes at once
     int alone, restep;    // an instruction is executed by itself; the next one is to be
     u64 hits, trap;       // causes of a #DB that comes after the instruction: data breakpoints; single step
     u64 cross_va, cross_n, cross_ra;
