@@ -137,12 +137,13 @@ def main(mountpoint: str, vendor: str, profile: str, mode: str, owner: str | Non
 
     \b
     Rules of --fault:
-      KVM_CREATE_VCPU:ENOMEM:after=2    an errno, for the third call of a VM and later ones
-      KVM_RUN:INTERNAL_ERROR:at=100     an exit: INTERNAL_ERROR, FAIL_ENTRY, SHUTDOWN, INTR
-      KVM_SET_MSRS:short=1              only so many MSRs are done (also KVM_GET_MSRS)
-      KVM_GET_REGS:delay=0.5            seconds, alone or with one of the above
-      KVM_CAP_IRQFD:absent              CHECK_EXTENSION 0, ENABLE_CAP EINVAL
-      which calls: at=N after=N times=N every=N probability=P seed=N vm=N vcpu=N
+      KVM_CREATE_VCPU:ENOMEM:after=2  an errno, from a VM's third call on
+      KVM_RUN:INTERNAL_ERROR:at=100   an exit; also FAIL_ENTRY, SHUTDOWN, INTR
+      KVM_SET_MSRS:short=1            only so many MSRs; also KVM_GET_MSRS
+      KVM_GET_REGS:delay=0.5          seconds, alone or with one of the above
+      KVM_CAP_IRQFD:absent            CHECK_EXTENSION 0, ENABLE_CAP EINVAL
+      which calls: at=N after=N times=N every=N probability=P seed=N
+                   vm=N vcpu=N
 
     \b
     Examples:

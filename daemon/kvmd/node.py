@@ -8,18 +8,20 @@ import json
 import logging
 import os
 import threading
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pyfuse3
 import trio
 
+from kvmd.debugfs import StatsTree
 from kvmd.options import Options
 from kvmfs.api.dispatch import SystemDispatcher
 from kvmfs.api.faults import Faults
 from kvmfs.client.memory import ClientMemory, open_memory
 from kvmfs.fuse import mount
 from kvmfs.fuse.channel import Channel
+from kvmfs.fuse.operations import Node as Entry
 from kvmfs.fuse.operations import NodeOperations
 from kvmfs.kvm.kvm_main import Kvm
 from kvmfs.vendor.ops import KvmX86Ops
@@ -29,11 +31,14 @@ if TYPE_CHECKING:
     from kvmfs.kvm.host import RequestLike
 
 log = logging.getLogger("kvmd.node")
+T = TypeVar("T")
 
 NODE = "kvm"
 NODE_INODE = 2
 STATE_INODE = 3
 STATE = "state"         # JSON: what `kvmfs version` shows
+STATS_INODE = 4
+STATS = "stats"
 MAX_IDLE = 2
 
 
@@ -62,7 +67,7 @@ class Node:
         os.makedirs(self.mountpoint, exist_ok=True)
         if mount.clear_stale(self.mountpoint):
             log.warning("a stale mount on %s was removed", self.mountpoint)
-        self._operations = PublicOperations(self._state, os.geteuid(), os.getegid())
+        self._operations = PublicOperations(self._state, StatsTree(vms.brokers), os.geteuid(), os.getegid())
         self._operations.add_node(STATE_INODE, STATE, mode=0o444, uid=uid, gid=gid)
         self._operations.add_node(NODE_INODE, NODE, mode=options.mode, uid=uid, gid=gid, size=0, data=None)
         kvm = Kvm(ops, self._memory_of, shares_run=vms.passthrough, profile=options.profile)
@@ -127,17 +132,67 @@ class Node:
 
 
 class PublicOperations(NodeOperations):
-    """The node, and the state file: each open of that shows how things are just then."""
+    """The node, the state file and the statistics: each open of a text shows how things are just then.
 
-    def __init__(self, state: Callable[[], bytes], uid: int, gid: int) -> None:
+    What must be asked of workers is asked in another thread: this one answers the kernel.
+    """
+
+    def __init__(self, state: Callable[[], bytes], stats: StatsTree, uid: int, gid: int) -> None:
         super().__init__(uid=uid, gid=gid)
-        self._state = state
+        self._state, self._stats = state, stats
         self._texts: dict[int, bytes] = {}
+        self.add_directory(STATS_INODE, STATS, uid=uid, gid=gid)
+
+    def _path(self, inode: int) -> tuple[str, ...] | None:
+        return () if inode == STATS_INODE else self._stats.path(inode)
+
+    async def _entry(self, path: tuple[str, ...]) -> pyfuse3.EntryAttributes:
+        mode = await _elsewhere(self._stats.mode, path)
+        return self._attributes(Entry(self._stats.inode(path), path[-1], mode, os.geteuid(), os.getegid(), 0, None))
+
+    async def lookup(self, parent_inode: pyfuse3.InodeT, name: pyfuse3.FileNameT,
+                     ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
+        path = self._path(parent_inode)
+        if path is None or name in (b".", b".."):
+            return await super().lookup(parent_inode, name, ctx)
+        entry = await self._entry((*path, name.decode(errors="replace")))
+        self._stats.looked_up(entry.st_ino)
+        return entry
+
+    async def forget(self, inode_list: Sequence[tuple[pyfuse3.InodeT, int]]) -> None:
+        for inode, count in inode_list:
+            self._stats.forget(inode, count)
+
+    async def getattr(self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
+        path = self._path(inode)
+        return await (self._entry(path) if path else super().getattr(inode, ctx))
+
+    async def opendir(self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext) -> pyfuse3.FileHandleT:
+        return pyfuse3.FileHandleT(inode)
+
+    async def readdir(self, fh: pyfuse3.FileHandleT, start_id: int, token: pyfuse3.ReaddirToken) -> None:
+        path = self._path(fh)
+        if path is None:
+            await super().readdir(fh, start_id, token)
+            return
+        names = await _elsewhere(self._stats.children, path)
+        for position, name in enumerate(names[start_id:], start_id + 1):
+            entry = await self._entry((*path, name))
+            if not pyfuse3.readdir_reply(token, pyfuse3.FileNameT(name.encode()), entry, position):
+                return
+            self._stats.looked_up(entry.st_ino)
 
     async def open(self, inode: pyfuse3.InodeT, flags: pyfuse3.FlagT, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
-        info = await super().open(inode, flags, ctx)
-        if inode == STATE_INODE:
-            self._texts[info.fh] = self._state()
+        path = self._path(inode)
+        text: bytes | None = None
+        if path:
+            text = await _elsewhere(self._stats.content, path)
+            info = self.open_other()
+        else:
+            info = await super().open(inode, flags, ctx)
+            text = self._state() if inode == STATE_INODE else None
+        if text is not None:
+            self._texts[info.fh] = text
         return info
 
     async def read(self, fh: pyfuse3.FileHandleT, off: int, size: int) -> bytes:
@@ -147,6 +202,13 @@ class PublicOperations(NodeOperations):
     async def release(self, fh: pyfuse3.FileHandleT) -> None:
         self._texts.pop(fh, None)
         await super().release(fh)
+
+
+async def _elsewhere(function: Callable[[tuple[str, ...]], T], path: tuple[str, ...]) -> T:
+    try:
+        return await trio.to_thread.run_sync(function, path)
+    except OSError as error:
+        raise pyfuse3.FUSEError(error.errno or errno.EIO) from None
 
 
 class _OwnedMemory(ClientMemory):

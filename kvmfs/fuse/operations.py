@@ -101,6 +101,17 @@ class NodeOperations(pyfuse3.Operations):
         self._nodes[inode] = node
         self._names[raw] = node
 
+    def add_directory(self, inode: int, name: str, *, uid: int = 0, gid: int = 0) -> None:
+        """Add a directory *name*; what is in it the subclass says.  ValueError: inode or name is taken or not valid."""
+        self.add_node(inode, name, uid=uid, gid=gid)
+        self._nodes[inode].mode = stat.S_IFDIR | 0o555
+
+    def open_other(self) -> FileInfo:
+        """A file handle for a file that a subclass has by itself, and reads."""
+        fh = self._next_fh
+        self._next_fh += 1
+        return FileInfo(fh=FileHandleT(fh), direct_io=True)
+
     def remove_node(self, inode: int) -> None:
         """Take the file out of the directory. Files that are open stay usable. KeyError: there is none."""
         node = self._nodes[inode]

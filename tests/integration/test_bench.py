@@ -74,8 +74,9 @@ def test_a_short_run(tmp_path):
     made = subprocess.run(["make", "-C", str(ROOT / "tools/bench")], capture_output=True, text=True, check=False)
     assert made.returncode == 0, made.stderr
     out = tmp_path / "bench.json"
-    run = subprocess.run([sys.executable, "-m", "kvmfs_bench", "--quick", "--no-guests", "--only", "get_regs", "--only", "pio, free",
-                          "--json", str(out)], env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=100, cwd=ROOT)
+    run = subprocess.run([sys.executable, "-m", "kvmfs_bench", "--quick", "--no-guests", "--only", "get_regs",
+                          "--only", "pio, free", "--json", str(out)],
+                         env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=100, cwd=ROOT)
     assert run.returncode == 0, run.stdout + run.stderr
     rows = json.loads(out.read_text())["rows"]
     assert [row["name"] for row in rows] == ["get_regs, pinned", "get_regs, free", "KVM_RUN pio, free"]

@@ -153,11 +153,21 @@ def test_no_user_namespaces(nothing_left):
 # ---- what is told -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["mount", "--help"], ["version", "--help"], ["-h"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["-h"], *([name, "--help"] for name in (
+    "completion", "conformance", "doctor", "fault", "mount", "run", "stat", "trace", "version", "vms"))])
 def test_help(arguments):
     result = kvmfs(*arguments)
     assert result.returncode == 0 and result.stdout.startswith("Usage: ")
     assert max(map(len, result.stdout.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion(shell):
+    """The script asks kvmfs itself, which knows its commands."""
+    assert "_KVMFS_COMPLETE" in kvmfs("completion", shell).stdout
+    words = {"COMP_WORDS": "kvmfs st", "COMP_CWORD": "1", "_KVMFS_COMPLETE": f"{shell}_complete"}
+    result = kvmfs(wrapper=["env", *(f"{name}={value}" for name, value in words.items())])
+    assert "stat" in result.stdout, result.stderr
 
 
 def test_version_json(kvmd, vendor):

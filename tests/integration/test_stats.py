@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
 import pytest
 
+from kvmfs.testing import Kvm
 from tests.daemon import kvmfs_run
 
 CLIENT = """
@@ -52,3 +54,28 @@ def test_stats(kvmd):
 @pytest.mark.parametrize("vendor", ["amd", "intel"])
 def test_stats_under_kvmfs_run(vendor):
     check(kvmfs_run(sys.executable, "-c", CLIENT, "/dev/kvm", options=("--vendor", vendor)))
+
+
+def test_the_files_of_debugfs(kvmd):
+    """stats/ in the mount: sums, a directory for each VM, one for each vCPU; gone with the VM."""
+    stats = kvmd.mountpoint / "stats"
+    with Kvm(kvmd.node) as kvm:
+        with kvm.create_vm() as vm:
+            vm.add_memory(0, 0x10000)
+            vm.write(0x1000, bytes.fromhex("e6 80 e6 80 f4"))       # out 0x80, al, twice; hlt
+            for _ in range(2):
+                vcpu = vm.create_vcpu()
+                vcpu.set_real_mode(start=0x1000)
+                vcpu.run_to("HLT")
+            directory, = (entry for entry in stats.iterdir() if entry.is_dir())
+            assert directory.name == f"{os.getpid()}-0"
+            assert {entry.name for entry in directory.iterdir() if entry.is_dir()} == {"vcpu0", "vcpu1"}
+            assert [(directory / where / "io_exits").read_text() for where in ("vcpu0", "vcpu1", ".")] == ["2\n", "2\n", "4\n"]
+            assert (stats / "io_exits").read_text() == "4\n"
+            for wrong in ("nothing", f"{directory.name}/vcpu7", f"{directory.name}/vcpu0/nothing", "1-5"):
+                assert not (stats / wrong).exists()
+            with pytest.raises(OSError, match=r"denied|not permitted"):
+                (stats / "exits").unlink()
+        kvmd.wait_for_vms(0)
+        assert (stats / "io_exits").read_text() == "0\n"
+        assert not directory.exists()

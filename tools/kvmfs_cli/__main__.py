@@ -3,4 +3,4 @@
 
 from kvmfs_cli.main import main
 
-main()
+main(prog_name="kvmfs")

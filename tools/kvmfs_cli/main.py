@@ -288,6 +288,24 @@ def trace(daemon: int | None, vm: int | None, vcpu: int | None, level: str | Non
     os._exit(status)
 
 
+@main.command(short_help="Print a shell's completion script.")
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print the script with which SHELL completes kvmfs's commands and options.
+
+    \b
+    Examples:
+      kvmfs completion bash > /etc/bash_completion.d/kvmfs
+      kvmfs completion fish > ~/.config/fish/completions/kvmfs.fish
+      eval "$(kvmfs completion zsh)"
+    """
+    from click.shell_completion import get_completion_class
+
+    found = get_completion_class(shell)
+    assert found is not None
+    click.echo(found(main, {}, "kvmfs", "_KVMFS_COMPLETE").source())
+
+
 @main.command(short_help="Inject faults into VMs that run.")
 @_DAEMON
 @click.option("--clear", is_flag=True, help="Follow no rules any more.")
