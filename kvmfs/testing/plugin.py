@@ -2,8 +2,9 @@
 """The pytest plugin: a private node for tests of programs that use KVM.  Loaded by pytest when kvmfs is installed.
 
 Fixtures: ``kvm_node`` (the path of a node of this test run's own) and ``kvm`` (a :class:`kvmfs.testing.Kvm` on it).  Markers on a
-test, class or module choose what that node is: ``kvm_vendor("intel")``, ``kvm_fault("KVM_CREATE_VCPU:ENOMEM")``.  Where the
-host cannot have a node the tests are skipped, and the reason says what is missing.
+test, class or module choose what that node is: ``kvm_vendor("intel")``, ``kvm_profile("linux-5.15")``,
+``kvm_fault("KVM_CREATE_VCPU:ENOMEM")``.  Where the host cannot have a node the tests are skipped, and the reason says
+what is missing.
 ``--kvm-node PATH`` gives them an existing one instead: then tests with a marker are skipped.
 """
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 MARKERS = (
     'kvm_vendor(name): the node of this test presents "intel" or "amd" CPUs.',
+    'kvm_profile(name): the node of this test answers as an older kernel, "linux-5.15" say (kvmfs mount --help has the names).',
     "kvm_fault(rule, ...): faults that the node of this test injects (kvmfs mount --help has the rules).",
 )
 DEFAULT_NODE = "/dev/kvm"
@@ -45,11 +47,12 @@ class Wish:
     """What a test's markers ask of its node."""
 
     vendor: str = ""
+    profile: str = ""
     faults: tuple[str, ...] = ()
 
     def options(self) -> list[str]:
         """kvmd's options for it."""
-        return [*(["--vendor", self.vendor] if self.vendor else []),
+        return [*(["--vendor", self.vendor] if self.vendor else []), *(["--profile", self.profile] if self.profile else []),
                 *(part for fault in self.faults for part in ("--fault", fault))]
 
 
@@ -120,7 +123,7 @@ def _wish_of(item: pytest.Item) -> Wish:
         marker = item.get_closest_marker(name)
         return str(marker.args[0]) if marker else ""
 
-    return Wish(argument("kvm_vendor"), tuple(str(rule) for marker in item.iter_markers("kvm_fault") for rule in marker.args))
+    return Wish(argument("kvm_vendor"), argument("kvm_profile"), tuple(str(rule) for marker in item.iter_markers("kvm_fault") for rule in marker.args))
 
 
 @pytest.fixture

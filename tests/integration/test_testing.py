@@ -74,17 +74,22 @@ class TestAmd:
     @pytest.mark.kvm_vendor("intel")
     def test_the_closest_marker_counts(self, kvm):
         assert name(kvm) == b"GenuineIntel"
+
+@pytest.mark.kvm_profile("linux-5.15")
+def test_an_older_kernel(kvm):
+    assert kvm.check_extension("KVM_CAP_EXIT_HYPERCALL") and not kvm.check_extension("KVM_CAP_X86_NOTIFY_VMEXIT")
+    assert not kvm.check_extension("KVM_CAP_USER_MEMORY2")
 """
 
 
 def test_markers(tmp_path, nothing_left):
     result = pytest_in(write(tmp_path, MARKED))
-    assert "2 passed" in result.stdout, result.stdout
+    assert "3 passed" in result.stdout, result.stdout
 
 
 def test_markers_and_a_given_node(tmp_path, node):
     result = pytest_in(write(tmp_path, MARKED), "--kvm-node", node)
-    assert "2 skipped" in result.stdout and node in result.stdout, result.stdout
+    assert "3 skipped" in result.stdout and node in result.stdout, result.stdout
 
 
 def test_where_there_can_be_no_node(tmp_path):
