@@ -341,3 +341,22 @@ again: pause; cmp dword ptr [0x2f04], 2; jb again
     with m.others(2):
         assert m.run_within(20) == 0
     assert m.read(0x2F00, 1) == b"\x02"
+
+
+@BOTH
+def test_timers_go_on_after_a_suspend(machine, vendor):
+    """The daemon's machine sleeps: the guest stands still, and then gets its ticks again."""
+    pit = "mov al, 0x34; out 0x43, al; mov al, 0xa9; out 0x40, al; mov al, 4; out 0x40, al\n"
+    m = machine(vendor, PIC_INIT + "mov al, 0xfe; out 0x21, al\n" + pit + APIC_ON + f"mov dword ptr [{APIC + 0x350:#x}], 0x700\n"
+                + f"mov dword ptr [{APIC + 0x3E0:#x}], 0xb; mov dword ptr [{APIC + 0x320:#x}], 0x20031\n"
+                + f"mov dword ptr [{APIC + 0x380:#x}], 1000000\n" + IDLE + handler(0x20, PIC_EOI) + handler(0x31), pit=True)
+    running = m.start()
+    eventually(lambda: m.count(0x20) >= 10 and m.count(0x31) >= 10)
+    m.vm.suspend()
+    time.sleep(0.1)
+    before = m.count(0x20), m.count(0x31)
+    time.sleep(0.1)
+    assert (m.count(0x20), m.count(0x31)) == before
+    m.vm.resume(200_000_000)
+    eventually(lambda: m.count(0x20) >= before[0] + 20 and m.count(0x31) >= before[1] + 20)
+    running.stop()
