@@ -160,6 +160,12 @@ class MemSlot:
     def end(self) -> int:
         return self.gpa + self.size
 
+    def backed(self, gpa: int, *, write: bool = False) -> bool:
+        """Has the client mapped memory there (that may be written)?"""
+        at = gpa - self.gpa
+        return self.memory is not None and any(
+            start <= at < start + size and (writable or not write) for start, size, writable, *_ in self.memory.pieces)
+
 
 class Change(NamedTuple):
     """What a KVM_SET_USER_MEMORY_REGION does: ``old`` goes, ``new`` comes; ``needs_memory``: from the client."""

@@ -529,9 +529,11 @@ def _moved(vcpu: Vcpu) -> bool:
 
 def _exit_mmio_read(vcpu: Vcpu) -> int:
     e, run, arch = vcpu.cpu.exit, vcpu.run, vcpu.arch
-    if vcpu.vm.memslots.find(e.gpa) is not None:
+    slot = vcpu.vm.memslots.find(e.gpa)
+    if slot is not None:
         vcpu.cpu.forget_io()
-        return -errno.EFAULT                    # a slot whose memory the client has not mapped
+        # A slot that comes or goes at this moment: the guest looks again.  Or one whose memory the client has not mapped.
+        return 1 if slot.backed(e.gpa) else -errno.EFAULT
     if arch.apic is not None or vcpu.vm.mmio_bus.readable:
         data = iodev.read_mmio(vcpu, e.gpa, e.size)
         if data is not None:
@@ -560,10 +562,14 @@ def _exit_mmio_write(vcpu: Vcpu) -> int:
     cpu, run, arch = vcpu.cpu, vcpu.run, vcpu.arch
     e = cpu.exit
     slot = vcpu.vm.memslots.find(e.gpa)
+    data = bytes(cpu.data[:e.size])
     if slot is not None and not slot.readonly:
+        if slot.backed(e.gpa, write=True):      # it has come since the guest stored there, or is about to go
+            vcpu.vm.memslots.write(e.gpa, data)
+            vcpu.vm.engine.invalidate(e.gpa, e.size)
+            return _next_fragment(vcpu)
         cpu.forget_io()
         return -errno.EFAULT
-    data = bytes(cpu.data[:e.size])
     if (arch.apic is not None and arch.apic.write(vcpu, e.gpa, data)) or (
             vcpu.vm.mmio_bus.ranges and vcpu.vm.mmio_bus.write(vcpu, e.gpa, data)):
         return _next_fragment(vcpu)
