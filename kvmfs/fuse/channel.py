@@ -34,6 +34,7 @@ import pyfuse3
 import trio
 
 from . import protocol
+from .exchange import exchange
 from .protocol import (
     BUFFER_SIZE,
     FUSE_INIT,
@@ -310,9 +311,8 @@ class Channel:
             self._end()
 
     def _serve(self, ident: int) -> None:
-        # The hot path: everything a local, one unpack, one pack, two system calls.
+        # The hot path: everything a local, one unpack, one pack, one call for the answer and the next request.
         fd = self._fd
-        readv, write = os.readv, os.write
         unpack, pack = IOCTL_REQUEST.unpack_from, IOCTL_REPLY.pack
         handle, inflight, early, blocked = self._ioctl, self.inflight, self._early, self._blocked
         claim = inflight.pop
@@ -321,20 +321,27 @@ class Channel:
         no_data = _NO_DATA
         buffer = bytearray(BUFFER_SIZE)
         view = memoryview(buffer)
-        buffers = [buffer]
         outcome: Outcome
+        answered: Request | None = None
+        answer: bytes | None = None
         until_watch = _WATCH_EVERY
         while True:
             try:
-                length = readv(fd, buffers)
+                length = exchange(fd, answer, buffer)
             except OSError as error:
                 if error.errno == errno.ENODEV:
                     self._end()
                     return
                 # ENOENT: the request was taken back while it was read.
                 if error.errno in (errno.ENOENT, errno.EAGAIN, errno.EINTR):
+                    answer = None
                     continue
                 raise
+            answer = None
+            if length < 0:
+                if answered is not None:
+                    self._send_failed(answered, OSError(-length, os.strerror(-length)))
+                continue
             request = request_class()
             (_len, opcode, unique, nodeid, request.uid, request.gid, request.tid, _ext, _pad, request.fh, _flags,
              request.cmd, request.arg, in_size, request.out_size) = unpack(buffer)
@@ -367,17 +374,23 @@ class Channel:
             if outcome is not None:
                 if claim(unique, None) is None:
                     _log.error("%r was answered by its handler and then once more with %r", request, outcome)
-                elif outcome.__class__ is int:
-                    try:
-                        write(fd, pack(reply_size, 0, unique, outcome, 0, 0, 0))
-                    except (OSError, struct.error) as error:
-                        self._send_failed(request, error)
-                elif isinstance(outcome, tuple):
-                    self._send(request, *outcome)
-                elif isinstance(outcome, int):
-                    self._send(request, outcome, b"")
                 else:
-                    self._send(request, 0, outcome)
+                    try:
+                        if outcome.__class__ is int:
+                            answer = pack(reply_size, 0, unique, outcome, 0, 0, 0)
+                        elif isinstance(outcome, tuple):
+                            answer = self._message(request, *outcome)
+                        elif isinstance(outcome, int):
+                            answer = self._message(request, outcome, no_data)
+                        else:
+                            answer = self._message(request, 0, outcome)
+                        if leave or look:
+                            os.write(fd, answer)
+                            answer = None
+                    except (OSError, struct.error, TypeError) as error:
+                        answer = None
+                        self._send_failed(request, error)
+                    answered = request
             if leave:
                 return
             if look:
@@ -387,9 +400,13 @@ class Channel:
 
     # --- answers --------------------------------------------------------------------------------------------
 
+    @staticmethod
+    def _message(request: Request, result: int, data: Payload) -> bytes:
+        return IOCTL_REPLY.pack(_IOCTL_REPLY_SIZE + len(data), 0, request.unique, result, 0, 0, 0) + data
+
     def _send(self, request: Request, result: int, data: Payload) -> None:
         try:
-            os.write(self._fd, IOCTL_REPLY.pack(_IOCTL_REPLY_SIZE + len(data), 0, request.unique, result, 0, 0, 0) + data)
+            os.write(self._fd, self._message(request, result, data))
         except (OSError, struct.error, TypeError) as error:
             self._send_failed(request, error)
 

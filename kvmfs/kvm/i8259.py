@@ -240,14 +240,17 @@ class Pic:
             master.set_irq(CASCADE, True)
             master.set_irq(CASCADE, False)
         before, self.output = self.output, master.get_irq() >= 0
-        if not before:
+        if self.output and not before:
             self._wake()
 
     def set_irq(self, pin: int, source: int, level: bool) -> int:
         """Drive input ``pin`` (0-15) for one of its sources; the result is I8259.set_irq's."""
-        states = self._irq_states
+        states, pic, mask = self._irq_states, self.pics[pin >> 3], 1 << (pin & 7)
+        # Clients lower a line again with each access to its device: what was low and nowhere latched changes nothing.
+        if not level and not states[pin] and not (pic.last_irr | pic.irr & pic.elcr) & mask:
+            return -1 if pic.imr & mask else 1
         states[pin] = states[pin] | 1 << source if level else states[pin] & ~(1 << source)
-        result = self.pics[pin >> 3].set_irq(pin & 7, bool(states[pin]))
+        result = pic.set_irq(pin & 7, bool(states[pin]))
         self.update_irq()
         return result
 

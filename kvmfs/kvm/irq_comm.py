@@ -259,7 +259,7 @@ class Irqchip:
         """``kvm_set_irq``: to how many CPUs it went; 0: coalesced; -1: masked, or nobody wanted it."""
         result = -1
         with self.lock:
-            for route in tuple(self.routing.by_gsi.get(gsi, ())):
+            for route in self.routing.by_gsi.get(gsi, ()):     # a table never changes, it is replaced
                 got = self._set_route(route, source, level, line_status)
                 if got >= 0:
                     result = max(result, 0) + got

@@ -172,3 +172,28 @@ def test_state(pic):
     other.pics[0].set_state(state)
     other.update_irq()
     assert other.output and other.read_irq() == 0x23
+
+
+def test_a_line_that_is_low_stays_as_it_is(pic):
+    out(pic, 0x21, 0)
+    pic.wakes.clear()
+    assert pic.set_irq(4, 0, False) == 1 and not pic.wakes and not pic.output
+    out(pic, 0x21, 0x10)
+    assert pic.set_irq(4, 0, False) == -1           # masked
+    out(pic, 0x21, 0)
+    pic.set_irq(4, 1, True)
+    assert pic.set_irq(4, 0, False) == 1 and pic.output     # another source holds it
+    assert pic.set_irq(4, 1, False) == 1 and pic.output     # an edge stays latched
+    assert pic.pics[0].last_irr == 0
+    assert pulse(pic, 4) == 0
+
+
+def test_low_ends_what_was_latched_from_outside(pic):
+    """After KVM_SET_IRQCHIP a chip can remember a line that no source holds."""
+    state = pic.pics[0].get_state()
+    state.last_irr = state.elcr = state.irr = 0x20
+    pic.pics[0].set_state(state)
+    pic.update_irq()
+    assert pic.output
+    assert pic.set_irq(5, 0, False) == 1
+    assert not pic.output and pic.pics[0].irr == pic.pics[0].last_irr == 0
