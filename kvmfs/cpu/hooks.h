@@ -34,6 +34,7 @@ static void deliver(Vcpu *v, int vector, int soft) {
 static void vmexit(Vcpu *v, u32 code) {
     Engine *e = v->e;
     v->exit.code = code;
+    v->exit.insn_len = prefix_length(e, e->env);
     v->exit.info1 = (u32)F(int32_t, ERROR_CODE);
     v->exit.info2 = *(u64 *)(v->vmcb + VMCB_INFO2);
     if (code == 0x41) { // info2: what would become bits of DR6

@@ -38,6 +38,16 @@ def complete_insn_gp(vcpu: Vcpu, ok: bool, length: int) -> int:
     return 1
 
 
+def skip_intercepted(vcpu: Vcpu, length: int) -> int:
+    """As skip_emulated_instruction, past the one that caused this exit; ``length``: without its prefixes."""
+    return skip_emulated_instruction(vcpu, length + vcpu.cpu.exit.insn_len)
+
+
+def complete_intercepted(vcpu: Vcpu, ok: bool, length: int) -> int:
+    """As complete_insn_gp, for the one that caused this exit; ``length``: without its prefixes."""
+    return complete_insn_gp(vcpu, ok, length + vcpu.cpu.exit.insn_len)
+
+
 def fetch(vcpu: Vcpu) -> bytes:
     """The bytes at the guest's next instruction, up to 15; fewer where a page is missing."""
     return mmu.read_virtual(vcpu, regs.linear_rip(vcpu), MAX_INSN)

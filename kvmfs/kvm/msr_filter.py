@@ -15,7 +15,7 @@ from kvmfs.abi import exits as kx
 from kvmfs.abi import flags as F
 from kvmfs.abi.structs import KvmMsrFilter
 from kvmfs.errors import KvmError
-from kvmfs.kvm.emulate import complete_insn_gp
+from kvmfs.kvm.emulate import complete_intercepted
 
 if TYPE_CHECKING:
     from kvmfs.kvm.host import Memory
@@ -99,7 +99,7 @@ def emulate_rdmsr(vcpu: Vcpu) -> int:
         cpu.set_gpr(RDX, value >> 32)
     elif arch.user_space_msr_mask and _ask(vcpu, kx.KVM_EXIT_X86_RDMSR, index, 0, allowed, _complete_rdmsr):
         return 0
-    return complete_insn_gp(vcpu, value is not None, MSR_LENGTH)
+    return complete_intercepted(vcpu, value is not None, MSR_LENGTH)
 
 
 def emulate_wrmsr(vcpu: Vcpu) -> int:
@@ -112,7 +112,7 @@ def emulate_wrmsr(vcpu: Vcpu) -> int:
     if not ok and arch.user_space_msr_mask and _ask(vcpu, kx.KVM_EXIT_X86_WRMSR, index, data, allowed,
                                                     _complete_wrmsr):
         return 0
-    return complete_insn_gp(vcpu, ok, MSR_LENGTH)
+    return complete_intercepted(vcpu, ok, MSR_LENGTH)
 
 
 def _ask(vcpu: Vcpu, exit_reason: int, index: int, data: int, allowed: bool,
@@ -137,8 +137,8 @@ def _complete_rdmsr(vcpu: Vcpu) -> int:
     if not error:
         vcpu.cpu.set_gpr(RAX, data & M32)
         vcpu.cpu.set_gpr(RDX, data >> 32)
-    return complete_insn_gp(vcpu, not error, MSR_LENGTH)
+    return complete_intercepted(vcpu, not error, MSR_LENGTH)
 
 
 def _complete_wrmsr(vcpu: Vcpu) -> int:
-    return complete_insn_gp(vcpu, not vcpu.run[_UNION], MSR_LENGTH)
+    return complete_intercepted(vcpu, not vcpu.run[_UNION], MSR_LENGTH)

@@ -18,11 +18,13 @@ from kvmfs.abi.x86 import CR4_OSXSAVE
 from kvmfs.kvm import events, hyperv, irq, msr_filter, regs, xsave
 from kvmfs.kvm.emulate import (
     complete_insn_gp,
+    complete_intercepted,
     decode,
     fetch,
     prepare_emulation_failure,
     read_operand16,
     skip_emulated_instruction,
+    skip_intercepted,
 )
 from kvmfs.kvm.hypercall import emulate_hypercall
 from kvmfs.vendor.debug_exits import DEBUG_EXITS
@@ -51,7 +53,7 @@ def _window(vcpu: Vcpu) -> int:
 
 
 def _hlt(vcpu: Vcpu) -> int:
-    result = skip_emulated_instruction(vcpu, 1)
+    result = skip_intercepted(vcpu, 1)
     if vcpu.arch.apic is not None:
         vcpu.arch.stat.halt_exits += 1
         irq.emulate_halt(vcpu, vcpu.arch.apic)
@@ -75,7 +77,7 @@ def _cpuid(vcpu: Vcpu) -> int:
     for index, value in zip((RAX, RBX, RCX, RDX), values, strict=True):
         cpu.set_gpr(index, value)
     cpu.suspect_code()              # it serializes: with it a CPU asks for the code that another one has written
-    return skip_emulated_instruction(vcpu, 2)
+    return skip_intercepted(vcpu, 2)
 
 
 def _msr(vcpu: Vcpu) -> int:
@@ -88,7 +90,7 @@ def _monitor_mwait(vcpu: Vcpu) -> int:
             and not vcpu.arch.cpuid.has(X86_FEATURE_MWAIT)):
         return _undefined(vcpu)
     vcpu.cpu.suspect_code()         # the guest waits for somebody's store
-    return skip_emulated_instruction(vcpu, 3)
+    return skip_intercepted(vcpu, 3)
 
 
 def _rdpmc(vcpu: Vcpu) -> int:
@@ -109,7 +111,7 @@ def _shutdown(vcpu: Vcpu) -> int:
 
 def _skip(length: int) -> Callable[[Vcpu], int]:
     def handler(vcpu: Vcpu) -> int:
-        return skip_emulated_instruction(vcpu, length)
+        return skip_intercepted(vcpu, length)
     return handler
 
 
@@ -119,7 +121,7 @@ def _xsetbv(vcpu: Vcpu) -> int:
         return _undefined(vcpu)
     value = (cpu.gpr(RAX) & M32) | (cpu.gpr(RDX) & M32) << 32
     ok = vcpu.vm.vendor.get_cpl(vcpu) == 0 and xsave.set_xcr(vcpu, cpu.gpr(RCX) & M32, value)
-    return complete_insn_gp(vcpu, ok, 3)
+    return complete_intercepted(vcpu, ok, 3)
 
 
 def _write_cr(vcpu: Vcpu) -> int:
