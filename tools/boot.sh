@@ -5,23 +5,7 @@
 set -eu
 cd "$(dirname "$0")/.."
 cpus=${1:-2}
-tools/boot-packages.sh
-
-kernel=$(find /boot -name 'vmlinuz-*cloud*' | sort | tail -n 1)
-root=build/initramfs
-mkdir -p $root/bin
-cp /bin/busybox $root/bin/
-cat > $root/init <<'INIT'
-#!/bin/busybox sh
-/bin/busybox mkdir -p /proc /sys
-/bin/busybox mount -t proc proc /proc
-/bin/busybox mount -t sysfs sys /sys
-echo "GUEST-UP $(/bin/busybox uname -r), $(/bin/busybox nproc) CPUs," \
-    "$(/bin/busybox cat /sys/devices/system/clocksource/clocksource0/current_clocksource)"
-/bin/busybox poweroff -f
-INIT
-chmod +x $root/init
-(cd $root && find . | cpio -o -H newc --quiet | gzip) > build/initramfs.gz
+. tools/linux_image.sh
 
 # boot NAME ACCELERATOR WRAPPER...: sets $took (in ms)
 boot() {
@@ -30,7 +14,7 @@ boot() {
     begin=$(date +%s%3N)
     "$@" timeout 120 qemu-system-x86_64 -machine "pc,accel=$accel" -cpu qemu64 -smp "$cpus" -m 256 -nodefaults \
         -display none -serial stdio -monitor none -no-reboot \
-        -kernel "$kernel" -initrd build/initramfs.gz -append "console=ttyS0 panic=-1" > "$log" 2>&1 < /dev/null || true
+        -kernel "$kernel" -initrd "$initrd" -append "console=ttyS0 panic=-1" > "$log" 2>&1 < /dev/null || true
     took=$(($(date +%s%3N) - begin))
     if ! line=$(grep -ao 'GUEST-UP.*' "$log") || ! grep -aq 'Power down' "$log"; then
         echo "boot: $name: the guest did not come up and power off; see $log" >&2

@@ -1,326 +1,528 @@
-/* SPDX-License-Identifier: GPL-2.0-or-later */
+// SPDX-License-Identifier: GPL-2.0-or-later
 /*
- * One measurement on one node: bench-client [-c] NODE WHAT COUNT [SIZE TOUCHED]. Prints one line, JSON: the median, the 10th and the
- * 90th percentile of COUNT round trips in microseconds ("busy": what the guests of COUNT VMs counted in a second).
- * With -c NODE is the file of the C server, which answers vCPU ioctls on the node itself.
+ * The client whose ioctls are measured. It proves first which node it talks to, then does one job and prints
+ * "NAME VALUE" lines: microseconds for what takes a call or an exit, milliseconds for `create` and `memory`, millions
+ * of loops per second for `busy`. A latency is the median of calls that were timed one by one.
  */
+#define _GNU_SOURCE
+#include "../clients/kvmclient.h"
+
 #include <errno.h>
-#include <fcntl.h>
 #include <pthread.h>
+#include <semaphore.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
 #include <sys/mman.h>
-#include <sys/wait.h>
+#include <sys/stat.h>
+#include <sys/sysmacros.h>
 #include <time.h>
 #include <unistd.h>
 
-#include "../clients/kvmclient.h"
+enum {
+	MISC_MAJOR = 10, KVM_MINOR = 232,	/* include/linux/miscdevice.h */
+	DONE_PORT = 0x80, GO_PORT = 0x81,
+	BUSY_LOOPS = 5000000,
+	MIB = 1 << 20,
+	CALM_US = 300,				/* for a vCPU to be back in its HLT */
+	UNPROVEN = 3, ABSENT = 4,		/* exit codes */
+};
 
-#define SERVER_ROOM 4096
-#define EVENT_PORT 0x500
-#define IRQ 5
-#define WARM_UP 200
+GUEST(guest_pio, 16, "1: outb %al, $0x80\n jmp 1b");
+GUEST(guest_mmio, 16, "movw $0xa000, %ax\n movw %ax, %ds\n 1: movb %al, 0\n jmp 1b");
+GUEST(guest_hlt, 16, "1: hlt\n jmp 1b");
+GUEST(guest_ioeventfd, 16, "1: inb $0x81, %al\n outb %al, $0x80\n jmp 1b");
+GUEST(guest_busy, 16, "1: movl $5000000, %ecx\n 2: decl %ecx\n jnz 2b\n outb %al, $0x80\n jmp 1b");
 
-/* again: out 0x80; jmp again */
-GUEST(pio_guest, 16, "1: outb %al, $0x80; jmp 1b");
-GUEST(mmio_guest, 64, "1: movl %eax, 0xa0000; jmp 1b");
-GUEST(hlt_guest, 16, "1: hlt; jmp 1b");
-GUEST(event_guest, 16, "movw $0x500, %dx; movw $1000, %cx; 1: outb %al, %dx; loop 1b; hlt; .byte 0xeb, 0xf4");
-GUEST(busy_guest, 64, "1: incq 0x4000; jmp 1b");
-/* Both PICs at 0x20 and 0x28, all lines open; then wait. The handler of IRQ 5 writes the port and says EOI. */
-GUEST(irq_guest, 16,
-      "movb $0x11, %al; outb %al, $0x20; movb $0x20, %al; outb %al, $0x21; movb $4, %al; outb %al, $0x21;"
-      "movb $1, %al; outb %al, $0x21; movb $0xdf, %al; outb %al, $0x21;"
-      "movw $(2f - irq_guest + 0x8000), 0x94; movw $0, 0x96; movw $0x501, %dx; outb %al, %dx;"
-      "sti; 1: hlt; jmp 1b;"
-      "2: pushw %ax; pushw %dx; movw $0x500, %dx; outb %al, %dx; movb $0x20, %al; outb %al, $0x20; popw %dx; popw %ax; iret");
+/*
+ * The master 8259A gets vectors from 0x20 on and IRQ 0 alone; the handler says so by OUT before its EOI. `idle` is what
+ * the guest does between interrupts.
+ */
+#define INTERRUPT_GUEST(name, idle)								\
+	GUEST(name, 16,										\
+	      "xorw %ax, %ax\n movw %ax, %ds\n"							\
+	      "movw $9f - " #name " + 0x8000, 4 * 0x20\n movw %ax, 4 * 0x20 + 2\n"		\
+	      "movb $0x11, %al\n outb %al, $0x20\n movb $0x20, %al\n outb %al, $0x21\n"		\
+	      "movb $0x04, %al\n outb %al, $0x21\n movb $0x01, %al\n outb %al, $0x21\n"		\
+	      "movb $0xfe, %al\n outb %al, $0x21\n sti\n"					\
+	      "1: " idle "\n jmp 1b\n"								\
+	      "9: outb %al, $0x80\n movb $0x20, %al\n outb %al, $0x20\n iretw")
+INTERRUPT_GUEST(guest_halted, "hlt");
+INTERRUPT_GUEST(guest_running, "nop");
 
-static double now(void)
+/* ---- time and figures --------------------------------------------------------------------------------------- */
+
+static double now_us(void)
 {
 	struct timespec t;
 
 	clock_gettime(CLOCK_MONOTONIC, &t);
-	return t.tv_sec * 1e6 + t.tv_nsec / 1e3;
+	return (double)t.tv_sec * 1e6 + (double)t.tv_nsec / 1e3;
 }
 
-static int compare(const void *a, const void *b)
+static int by_value(const void *a, const void *b)
 {
 	double x = *(const double *)a, y = *(const double *)b;
 
 	return (x > y) - (x < y);
 }
 
-static void report(double *took, int count)
+static double *samples(unsigned int count)
 {
-	qsort(took, count, sizeof(*took), compare);
-	printf("{\"median\": %.3f, \"low\": %.3f, \"high\": %.3f}\n", took[count / 2], took[count / 10], took[count * 9 / 10]);
+	double *d = calloc(count, sizeof(*d));
+
+	if (!d)
+		fail("out of memory");
+	return d;
 }
 
-static void repeat(int fd, unsigned long request, unsigned long arg, int count, int expected_exit, struct client *c)
+static void print_median(const char *name, double *d, unsigned int count)
 {
-	double *took = calloc(count, sizeof(*took)), start;
-
-	for (int i = -WARM_UP; i < count; i++) {
-		start = now();
-		if (ioctl(fd, request, arg) < 0)
-			fail("ioctl %#lx: %s", request, strerror(errno));
-		if (i >= 0)
-			took[i] = now() - start;
-		if (expected_exit >= 0 && c->run->exit_reason != (unsigned int)expected_exit)
-			fail("exit %u, not %d", c->run->exit_reason, expected_exit);
-	}
-	report(took, count);
+	qsort(d, count, sizeof(*d), by_value);
+	printf("%s %.4f\n", name, (d[count / 2] + d[(count - 1) / 2]) / 2);
+	free(d);
 }
 
-static void state(const char *node, const char *what, int count, int server)
-{
-	static union { struct kvm_regs regs; struct kvm_sregs sregs; struct { struct kvm_msrs head; struct kvm_msr_entry entries[10]; } msrs; } u;
-	struct client c = { 0 };
-	int system, vcpu;
+#define MEASURE(name, count, expression)				\
+	do {								\
+		double *d_ = samples(count);				\
+		for (unsigned int i_ = 0; i_ < (count); i_++) {		\
+			double begin_ = now_us();			\
+			expression;					\
+			d_[i_] = now_us() - begin_;			\
+		}							\
+		print_median((name), d_, (count));			\
+	} while (0)
 
-	if (server) {
-		system = vcpu = open(node, O_RDWR | O_CLOEXEC);
-		if (system < 0)
-			fail("%s: %s", node, strerror(errno));
-	} else {
-		create_machine(&c, node);
-		system = c.kvm;
-		vcpu = c.vcpu;
-	}
-	u.msrs.head.nmsrs = 10;
-	for (int i = 0; i < 10; i++)
-		u.msrs.entries[i].index = 0x174;	/* SYSENTER_CS */
-	if (!strcmp(what, "api_version"))
-		repeat(system, KVM_GET_API_VERSION, 0, count, -1, &c);
-	else if (!strcmp(what, "check_extension"))
-		repeat(system, KVM_CHECK_EXTENSION, KVM_CAP_NR_MEMSLOTS, count, -1, &c);
-	else if (!strcmp(what, "get_regs"))
-		repeat(vcpu, KVM_GET_REGS, (unsigned long)&u.regs, count, -1, &c);
-	else if (!strcmp(what, "get_sregs"))
-		repeat(vcpu, KVM_GET_SREGS, (unsigned long)&u.sregs, count, -1, &c);
+/* ---- whose node is it --------------------------------------------------------------------------------------- */
+
+static int is_mounted_as(dev_t device, const char *type)
+{
+	char line[4096], numbers[32], wanted[64];
+	FILE *file = fopen("/proc/self/mountinfo", "re");
+	int found = 0;
+
+	snprintf(numbers, sizeof(numbers), " %u:%u ", major(device), minor(device));
+	snprintf(wanted, sizeof(wanted), " - %s ", type);
+	while (file && !found && fgets(line, sizeof(line), file))
+		found = strstr(line, numbers) && strstr(line, wanted);
+	if (file)
+		fclose(file);
+	return found;
+}
+
+/* `kind` is "real", the kernel's own device, or the type of the file system that the node must be on. */
+static void prove(int fd, const char *node, const char *kind)
+{
+	struct stat st;
+	int proven;
+
+	if (fstat(fd, &st))
+		fail("%s: %s", node, strerror(errno));
+	if (!strcmp(kind, "real"))
+		proven = S_ISCHR(st.st_mode) && st.st_rdev == makedev(MISC_MAJOR, KVM_MINOR);
 	else
-		repeat(vcpu, KVM_SET_MSRS, (unsigned long)&u.msrs, count, -1, &c);
+		proven = S_ISREG(st.st_mode) && is_mounted_as(st.st_dev, kind);
+	if (!proven) {
+		printf("%s is not a node of %s\n", node, kind);
+		exit(UNPROVEN);
+	}
 }
 
-static void exits(const char *node, const char *what, int count)
+static void absent(const char *what)
 {
-	struct client c = { 0 };
+	printf("%s: %s\n", what, strerror(errno));
+	exit(ABSENT);
+}
 
-	create_machine(&c, node);
-	if (!strcmp(what, "mmio")) {
-		set_long_mode(&c);
-		load_guest(&c, mmio_guest);
-		repeat(c.vcpu, KVM_RUN, 0, count, KVM_EXIT_MMIO, &c);
-		return;
+/* ---- calls -------------------------------------------------------------------------------------------------- */
+
+static void measure_system(int kvm, unsigned int count)
+{
+	MEASURE("api_version", count, kvm_call(kvm, KVM_GET_API_VERSION, 0));
+	MEASURE("check_extension", count, kvm_call(kvm, KVM_CHECK_EXTENSION, KVM_CAP_USER_MEMORY));
+}
+
+static void measure_vcpu(int vcpu, unsigned int count)
+{
+	/* SYSENTER_*, PAT, STAR … SYSCALL_MASK, KERNEL_GS_BASE, and one of the MTRRs */
+	static const struct { uint32_t index; uint64_t value; } msrs[] = {
+		{ 0x174, 0 }, { 0x175, 0 }, { 0x176, 0 }, { 0x277, 0x0007040600070406 }, { 0xc0000081, 0 },
+		{ 0xc0000082, 0 }, { 0xc0000083, 0 }, { 0xc0000084, 0 }, { 0xc0000102, 0 }, { 0x250, 0 },
+	};
+	enum { COUNT = sizeof(msrs) / sizeof(msrs[0]) };
+	struct kvm_msrs *list = calloc(1, sizeof(*list) + COUNT * sizeof(struct kvm_msr_entry));
+	struct kvm_regs regs;
+	struct kvm_sregs sregs;
+
+	if (!list)
+		fail("out of memory");
+	list->nmsrs = COUNT;
+	for (int i = 0; i < COUNT; i++) {
+		list->entries[i].index = msrs[i].index;
+		list->entries[i].data = msrs[i].value;
 	}
+	expect_u64("KVM_SET_MSRS", (uint64_t)kvm_call(vcpu, KVM_SET_MSRS, list), COUNT);
+	MEASURE("get_regs", count, kvm_call(vcpu, KVM_GET_REGS, &regs));
+	MEASURE("get_sregs", count, kvm_call(vcpu, KVM_GET_SREGS, &sregs));
+	MEASURE("set_msrs", count, kvm_call(vcpu, KVM_SET_MSRS, list));
+	free(list);
+}
+
+/* ---- exits -------------------------------------------------------------------------------------------------- */
+
+struct exits {
+	const char *node;
+	uint32_t reason;
+	const uint8_t *code;
+	size_t size;
+	unsigned int count;
+	double *times;
+	pthread_barrier_t *barrier;
+};
+
+static void *run_exits(void *argument)
+{
+	struct exits *e = argument;
+	struct client c;
+
+	create_machine(&c, e->node);
+	load_code(&c, e->code, e->size);
 	set_real_mode(&c);
-	if (!strcmp(what, "pio")) {
-		load_guest(&c, pio_guest);
-		repeat(c.vcpu, KVM_RUN, 0, count, KVM_EXIT_IO, &c);
-	} else {
-		load_guest(&c, hlt_guest);
-		repeat(c.vcpu, KVM_RUN, 0, count, KVM_EXIT_HLT, &c);
+	for (unsigned int i = 0; i < 20; i++)
+		expect_exit(&c, e->reason);
+	pthread_barrier_wait(e->barrier);
+	for (unsigned int i = 0; i < e->count; i++) {
+		double begin = now_us();
+
+		kvm_call(c.vcpu, KVM_RUN, 0);
+		e->times[i] = now_us() - begin;
+		if (c.run->exit_reason != e->reason)
+			fail("exit %u instead of %u", c.run->exit_reason, e->reason);
 	}
+	pthread_barrier_wait(e->barrier);
+	return NULL;
 }
 
-static int event_at(struct client *c, unsigned int port)
+/* One VM: the median of its exits. More: the time that passed, divided by all their exits. */
+static void measure_exits(const char *node, const char *kind, unsigned int count, unsigned int vms)
 {
-	struct kvm_ioeventfd bind = { .addr = port, .len = 1, .fd = eventfd(0, EFD_CLOEXEC), .flags = KVM_IOEVENTFD_FLAG_PIO };
+	static const struct { const char *name; uint32_t reason; const uint8_t *code, *end; } kinds[] = {
+		{ "pio", KVM_EXIT_IO, guest_pio, guest_pio_end },
+		{ "mmio", KVM_EXIT_MMIO, guest_mmio, guest_mmio_end },
+		{ "hlt", KVM_EXIT_HLT, guest_hlt, guest_hlt_end },
+	};
+	pthread_barrier_t barrier;
+	struct exits all[vms];
+	pthread_t threads[vms];
+	double begin;
 
-	kvm_call(c->vm, KVM_IOEVENTFD, &bind);
-	return bind.fd;
-}
-
-/* What an OUT to an ioeventfd costs the guest: 1,000 of them between two halts. */
-static void ioeventfd(const char *node, int count)
-{
-	struct client c = { 0 };
-	double *took = calloc(count, sizeof(*took)), start;
-
-	create_machine(&c, node);
-	event_at(&c, EVENT_PORT);
-	set_real_mode(&c);
-	load_guest(&c, event_guest);
-	for (int i = 0; i < count; i++) {
-		set_real_mode(&c);
-		start = now();
-		expect_exit(&c, KVM_EXIT_HLT);
-		took[i] = (now() - start) / 1000;
+	pthread_barrier_init(&barrier, NULL, vms + 1);
+	for (size_t k = 0; k < sizeof(kinds) / sizeof(kinds[0]); k++)
+		if (!strcmp(kind, kinds[k].name))
+			all[0] = (struct exits){ node, kinds[k].reason, kinds[k].code,
+				(size_t)(kinds[k].end - kinds[k].code), count, NULL, &barrier };
+	for (unsigned int v = 0; v < vms; v++) {
+		all[v] = all[0];
+		all[v].times = samples(count);
+		if (pthread_create(&threads[v], NULL, run_exits, &all[v]))
+			fail("no thread");
 	}
-	report(took, count);
+	pthread_barrier_wait(&barrier);
+	begin = now_us();
+	pthread_barrier_wait(&barrier);
+	if (vms == 1)
+		print_median(kind, all[0].times, count);
+	else
+		printf("%s %.4f\n", kind, (now_us() - begin) / count / vms);
 }
 
-static void *play(void *arg)
-{
-	struct client *c = arg;
+/* ---- events ------------------------------------------------------------------------------------------------- */
 
-	for (;;)
-		if (ioctl(c->vcpu, KVM_RUN, 0) < 0 && errno != EINTR)
-			return NULL;
+static struct client machine;
+static double stamp;		/* when the other thread saw it */
+static sem_t seen;
+
+static void *run_and_stamp(void *unused)
+{
+	(void)unused;
+	for (;;) {
+		kvm_call(machine.vcpu, KVM_RUN, 0);
+		stamp = now_us();
+		if (machine.run->exit_reason != KVM_EXIT_IO || machine.run->io.port != DONE_PORT)
+			fail("exit %u", machine.run->exit_reason);
+		sem_post(&seen);
+	}
+	return NULL;
 }
 
-/* An irqfd is signalled, the guest's handler runs and writes to an ioeventfd, which wakes us: there and back. */
-static void irqfd(const char *node, int count)
+static void wait_seen(const char *what)
 {
-	struct client c = { 0 };
-	struct kvm_irqfd bind = { .fd = eventfd(0, EFD_CLOEXEC), .gsi = IRQ };
-	double *took = calloc(count, sizeof(*took)), start;
-	uint64_t value = 1;
+	struct timespec deadline;
+
+	clock_gettime(CLOCK_REALTIME, &deadline);
+	deadline.tv_sec += 10;
+	while (sem_timedwait(&seen, &deadline))
+		if (errno != EINTR)
+			fail("%s: nothing came within 10 s", what);
+}
+
+/* From KVM_IRQ_LINE or the irqfd's write to the return of KVM_RUN from the handler's first instruction. */
+static void measure_interrupt(const char *node, const char *kind, unsigned int count)
+{
+	int by_fd = !!strncmp(kind, "wake", 4), line = eventfd(0, EFD_CLOEXEC);
+	struct kvm_irqfd irqfd = { .fd = (uint32_t)line, .gsi = 0 };
+	double *d = samples(count);
+	uint64_t one = 1;
 	pthread_t thread;
-	int back, ready;
 
-	open_node(&c, node);
-	create_vm(&c);
-	c.mem = mmap(NULL, RAM_SIZE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-	c.mem_size = RAM_SIZE;
-	set_memory(&c, 0, 0, c.mem, RAM_SIZE, 0);
-	kvm_call(c.vm, KVM_CREATE_IRQCHIP, 0);
-	create_vcpu(&c);
-	back = event_at(&c, EVENT_PORT);
-	ready = event_at(&c, EVENT_PORT + 1);
-	kvm_call(c.vm, KVM_IRQFD, &bind);
-	set_real_mode(&c);
-	load_guest(&c, irq_guest);
-	pthread_create(&thread, NULL, play, &c);
-	if (read(ready, &value, 8) != 8)
-		fail("the guest does not start");
-	for (int i = -WARM_UP; i < count; i++) {
-		value = 1;
-		start = now();
-		if (write(bind.fd, &value, 8) != 8 || read(back, &value, 8) != 8)
-			fail("eventfd: %s", strerror(errno));
-		if (i >= 0)
-			took[i] = now() - start;
+	open_node(&machine, node);
+	create_vm(&machine);
+	if (ioctl(machine.vm, KVM_CREATE_IRQCHIP, 0))
+		absent("KVM_CREATE_IRQCHIP");
+	machine.mem_size = RAM_SIZE;
+	machine.mem = mmap(NULL, RAM_SIZE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	set_memory(&machine, 0, 0, machine.mem, RAM_SIZE, 0);
+	create_vcpu(&machine);
+	if (by_fd && ioctl(machine.vm, KVM_IRQFD, &irqfd))
+		absent("KVM_IRQFD");
+	if (!strcmp(kind, "irqfd_running"))
+		load_guest(&machine, guest_running);
+	else
+		load_guest(&machine, guest_halted);
+	set_real_mode(&machine);
+	if (pthread_create(&thread, NULL, run_and_stamp, NULL))
+		fail("no thread");
+	for (unsigned int i = 0; i < count + 5; i++) {
+		struct kvm_irq_level level = { .irq = 0, .level = 1 };
+		double begin;
+
+		usleep(i ? CALM_US : 100 * CALM_US);
+		begin = now_us();
+		if (by_fd) {
+			if (write(line, &one, sizeof(one)) != sizeof(one))
+				fail("write to the irqfd: %s", strerror(errno));
+		} else {
+			kvm_call(machine.vm, KVM_IRQ_LINE, &level);
+		}
+		wait_seen(kind);
+		if (i >= 5)
+			d[i - 5] = stamp - begin;
+		level.level = 0;
+		if (!by_fd)
+			kvm_call(machine.vm, KVM_IRQ_LINE, &level);
 	}
-	report(took, count);
-	exit(0);
-}
-
-static void create(const char *node, int count)
-{
-	double *took = calloc(count, sizeof(*took)), start;
-	struct client c = { 0 };
-
-	open_node(&c, node);
-	for (int i = -2; i < count; i++) {
-		start = now();
-		c.vm = kvm_call(c.kvm, KVM_CREATE_VM, 0);
-		c.vcpu = kvm_call(c.vm, KVM_CREATE_VCPU, 0);
-		close(c.vcpu);
-		close(c.vm);
-		if (i >= 0)
-			took[i] = now() - start;
-	}
-	report(took, count);
-}
-
-static void memory(const char *node, int count, size_t size, int touched)
-{
-	double *took = calloc(count, sizeof(*took)), start;
-	struct client c = { 0 };
-	char *area;
-
-	open_node(&c, node);
-	for (int i = 0; i < count; i++) {
-		create_vm(&c);
-		area = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-		if (area == MAP_FAILED)
-			fail("mmap: %s", strerror(errno));
-		if (touched)
-			memset(area, 1, size);
-		start = now();
-		set_memory(&c, 0, 0x100000000ull, area, size, 0);
-		took[i] = now() - start;
-		close(c.vm);
-		munmap(area, size);
-	}
-	report(took, count);
-}
-
-/* VMs that count, each in a process of its own, all for the same second. */
-static void busy(const char *node, int vms)
-{
-	uint64_t *counts = mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0), sum = 0;
-	volatile uint64_t *go = counts + 500, *ready = counts + 501;
-
-	for (int i = 0; i < vms; i++) {
-		struct client c = { 0 };
-		pthread_t thread;
-		uint64_t before;
-
-		if (fork())
-			continue;
-		create_machine(&c, node);
-		set_long_mode(&c);
-		load_guest(&c, busy_guest);
-		pthread_create(&thread, NULL, play, &c);
-		__sync_fetch_and_add(ready, 1);
-		while (!*go)
-			usleep(1000);
-		before = read_note(&c, 0);
-		usleep(2000000);
-		counts[i] = (read_note(&c, 0) - before) / 2;
-		_exit(0);
-	}
-	while (*ready < (uint64_t)vms)
-		usleep(1000);
-	usleep(300000);
-	*go = 1;
-	while (wait(NULL) > 0)
-		;
-	for (int i = 0; i < vms; i++)
-		sum += counts[i];
-	printf("{\"median\": %.3f, \"low\": %.3f, \"high\": %.3f}\n", sum / 1e6, sum / 1e6, sum / 1e6);
-}
-
-/* VMs that exist and do nothing, until standard input ends. */
-static void idle(const char *node, int vms)
-{
-	char byte;
-
-	for (int i = 0; i < vms; i++) {
-		struct client c = { 0 };
-
-		create_machine(&c, node);
-	}
-	printf("ready\n");
+	print_median(kind, d, count);
 	fflush(stdout);
-	while (read(0, &byte, 1) > 0)
+	_exit(0);
+}
+
+static void *read_and_stamp(void *fd)
+{
+	uint64_t value;
+
+	while (read(*(int *)fd, &value, sizeof(value)) == sizeof(value)) {
+		stamp = now_us();
+		sem_post(&seen);
+	}
+	return NULL;
+}
+
+/* From the KVM_RUN whose guest does the OUT at once to the return of another thread's read. */
+static void measure_ioeventfd(const char *node, unsigned int count)
+{
+	int event = eventfd(0, EFD_CLOEXEC);
+	struct kvm_ioeventfd ioeventfd = {
+		.addr = DONE_PORT, .len = 1, .fd = event, .flags = KVM_IOEVENTFD_FLAG_PIO,
+	};
+	double *d = samples(count);
+	pthread_t thread;
+
+	create_machine(&machine, node);
+	if (ioctl(machine.vm, KVM_IOEVENTFD, &ioeventfd))
+		absent("KVM_IOEVENTFD");
+	load_guest(&machine, guest_ioeventfd);
+	set_real_mode(&machine);
+	if (pthread_create(&thread, NULL, read_and_stamp, &event))
+		fail("no thread");
+	answer_in(&machine, GO_PORT, 1, 0);
+	for (unsigned int i = 0; i < count; i++) {
+		double begin = now_us();
+
+		answer_in(&machine, GO_PORT, 1, 0);
+		wait_seen("ioeventfd");
+		d[i] = stamp - begin;
+	}
+	print_median("ioeventfd", d, count);
+	fflush(stdout);
+	_exit(0);
+}
+
+/* ---- VMs and their memory ----------------------------------------------------------------------------------- */
+
+static void measure_create(int kvm, unsigned int count)
+{
+	double *d = samples(count);
+
+	for (unsigned int i = 0; i < count; i++) {
+		double begin = now_us();
+		int vm = kvm_call(kvm, KVM_CREATE_VM, 0), vcpu = kvm_call(vm, KVM_CREATE_VCPU, 0);
+
+		close(vcpu);
+		close(vm);
+		d[i] = (now_us() - begin) / 1e3;
+	}
+	print_median("create", d, count);
+}
+
+static void measure_memory(int kvm, unsigned int mib, int full, unsigned int count)
+{
+	size_t size = (size_t)mib * MIB;
+	double *d = samples(count);
+
+	for (unsigned int i = 0; i < count; i++) {
+		struct client c = { .kvm = kvm };
+		double begin;
+
+		create_vm(&c);
+		c.mem = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+		if (c.mem == MAP_FAILED)
+			fail("mmap of %u MiB: %s", mib, strerror(errno));
+		if (full)
+			memset(c.mem, 0x5a, size);
+		begin = now_us();
+		set_memory(&c, 0, 0, c.mem, size, 0);
+		d[i] = (now_us() - begin) / 1e3;
+		close(c.vm);
+		munmap(c.mem, size);
+	}
+	print_median("memory", d, count);
+}
+
+/* VMs that have run and do nothing; they go when standard input ends. */
+static void keep_idle(const char *node, unsigned int vms)
+{
+	struct client c;
+
+	for (unsigned int v = 0; v < vms; v++) {
+		create_machine(&c, node);
+		load_guest(&c, guest_pio);
+		set_real_mode(&c);
+		expect_exit(&c, KVM_EXIT_IO);
+	}
+	printf("ready %u\n", vms);
+	fflush(stdout);
+	while (getchar() != EOF)
 		;
 }
+
+struct busy {
+	const char *node;
+	double seconds, loops;
+	pthread_barrier_t *barrier;
+};
+
+static void *run_busy(void *argument)
+{
+	struct busy *b = argument;
+	struct client c;
+	double begin, now;
+
+	create_machine(&c, b->node);
+	load_guest(&c, guest_busy);
+	set_real_mode(&c);
+	expect_exit(&c, KVM_EXIT_IO);
+	pthread_barrier_wait(b->barrier);
+	begin = now_us();
+	do {
+		expect_exit(&c, KVM_EXIT_IO);
+		b->loops += BUSY_LOOPS;
+		now = now_us();
+	} while (now - begin < b->seconds * 1e6);
+	b->loops /= now - begin;
+	return NULL;
+}
+
+static void measure_busy(const char *node, unsigned int vms, double seconds)
+{
+	pthread_barrier_t barrier;
+	struct busy all[vms];
+	pthread_t threads[vms];
+	double total = 0;
+
+	pthread_barrier_init(&barrier, NULL, vms);
+	for (unsigned int v = 0; v < vms; v++) {
+		all[v] = (struct busy){ node, seconds, 0, &barrier };
+		if (pthread_create(&threads[v], NULL, run_busy, &all[v]))
+			fail("no thread");
+	}
+	for (unsigned int v = 0; v < vms; v++) {
+		pthread_join(threads[v], NULL);
+		total += all[v].loops;
+	}
+	printf("busy %.4f\n", total);
+}
+
+/* ---- command line ------------------------------------------------------------------------------------------- */
+
+static const char usage[] =
+	"usage: bench-client NODE real|fuse.kvmfs|fuse.kvmbench JOB\n"
+	"  system COUNT           KVM_GET_API_VERSION, KVM_CHECK_EXTENSION\n"
+	"  vcpu COUNT             KVM_GET_REGS, KVM_GET_SREGS, KVM_SET_MSRS of ten\n"
+	"  pio|mmio|hlt COUNT VMS exits\n"
+	"  wake COUNT             KVM_IRQ_LINE to the handler of a halted guest\n"
+	"  irqfd COUNT            the same by an irqfd\n"
+	"  irqfd_running COUNT    the same, the guest computes\n"
+	"  ioeventfd COUNT        a guest's OUT to another thread's read\n"
+	"  create COUNT           KVM_CREATE_VM, KVM_CREATE_VCPU, close of both\n"
+	"  memory MIB full|untouched COUNT\n"
+	"  idle VMS               until the end of standard input\n"
+	"  busy VMS SECONDS       throughput of all together\n";
 
 int main(int argc, char **argv)
 {
-	int server = argc > 1 && !strcmp(argv[1], "-c");
-	const char *node, *what;
-	int count;
+	const char *node, *kind, *job, *last;
+	unsigned int number;
+	struct client c;
 
-	argc -= server;
-	argv += server;
-	if (argc < 4)
-		fail("usage: bench-client [-c] NODE WHAT COUNT [SIZE TOUCHED]");
+	if (argc < 5) {
+		fputs(usage, stderr);
+		return 2;
+	}
 	node = argv[1];
-	what = argv[2];
-	count = atoi(argv[3]);
-	if (count <= 0)
-		fail("COUNT is a number from 1 on");
-	if (!strcmp(what, "pio") || !strcmp(what, "mmio") || !strcmp(what, "hlt"))
-		exits(node, what, count);
-	else if (!strcmp(what, "ioeventfd"))
-		ioeventfd(node, count);
-	else if (!strcmp(what, "irqfd"))
-		irqfd(node, count);
-	else if (!strcmp(what, "create"))
-		create(node, count);
-	else if (!strcmp(what, "memory") && argc == 6)
-		memory(node, count, strtoull(argv[4], NULL, 0), atoi(argv[5]));
-	else if (!strcmp(what, "busy"))
-		busy(node, count);
-	else if (!strcmp(what, "idle"))
-		idle(node, count);
-	else
-		state(node, what, count, server);
+	kind = argv[2];
+	job = argv[3];
+	number = (unsigned int)atoi(argv[4]);
+	last = argc > 5 ? argv[5] : "1";
+	open_node(&c, node);
+	prove(c.kvm, node, kind);
+	if (!strcmp(job, "system")) {
+		measure_system(c.kvm, number);
+	} else if (!strcmp(job, "vcpu")) {
+		c.vcpu = c.kvm;		/* the C server has everything on one file */
+		if (strcmp(kind, "fuse.kvmbench")) {
+			create_vm(&c);
+			create_vcpu(&c);
+		}
+		measure_vcpu(c.vcpu, number);
+	} else if (!strcmp(job, "pio") || !strcmp(job, "mmio") || !strcmp(job, "hlt")) {
+		measure_exits(node, job, number, (unsigned int)atoi(last));
+	} else if (!strcmp(job, "wake") || !strncmp(job, "irqfd", 5)) {
+		measure_interrupt(node, job, number);
+	} else if (!strcmp(job, "ioeventfd")) {
+		measure_ioeventfd(node, number);
+	} else if (!strcmp(job, "create")) {
+		measure_create(c.kvm, number);
+	} else if (!strcmp(job, "memory")) {
+		measure_memory(c.kvm, number, !strcmp(last, "full"), argc > 6 ? (unsigned int)atoi(argv[6]) : 1);
+	} else if (!strcmp(job, "idle")) {
+		keep_idle(node, number);
+	} else if (!strcmp(job, "busy")) {
+		measure_busy(node, number, atof(last));
+	} else {
+		fputs(usage, stderr);
+		return 2;
+	}
 	return 0;
 }

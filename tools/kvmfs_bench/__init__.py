@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""``make bench``: kvmfs beside its rivals, in the same run."""
+"""`make bench`: what kvmfs costs, beside what others cost in the same run."""

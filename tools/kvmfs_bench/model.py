@@ -1,109 +1,148 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What a row of the table is."""
+"""What a figure is: the row of a table, its rival, its target; medians and spreads.  Less is better in every row."""
 
 from __future__ import annotations
 
+import enum
 import statistics
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any
 
-Measure = Callable[[], float]
-
-
-class NotMeasuredError(Exception):
-    """A figure could not be had; the text says why."""
+if TYPE_CHECKING:
+    from kvmfs_bench.lab import Lab
 
 
-@dataclass(slots=True)
-class Series:
-    """What one contestant's repetitions gave, in the row's unit."""
+class Subject(enum.Enum):
+    """Who is measured."""
 
-    values: list[float] = field(default_factory=list)
-    why_not: str = ""
-
-    @property
-    def median(self) -> float | None:
-        """The middle one; None: there is none."""
-        return statistics.median(self.values) if self.values else None
-
-    @property
-    def spread(self) -> float | None:
-        """From the lowest to the highest, as a part of the median."""
-        middle = self.median
-        return (max(self.values) - min(self.values)) / middle if middle else None
+    OURS = "kvmfs"
+    SERVER = "libfuse server in C"
+    REAL = "the machine's /dev/kvm"
+    TCG = "QEMU TCG"
+    ONE = "one VM"
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """A row to be measured: each repetition takes ours, then the rival's."""
+class AbsentError(Exception):
+    """That subject does not have it, or is not there; the text says why."""
+
+
+class MeasureError(Exception):
+    """It could not be measured; the text says why."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """To be reached: at most ``limit``, of the rival's figure (``relative``) or in the row's unit."""
+
+    limit: float
+    relative: bool = True
+
+    def text(self, unit: str) -> str:
+        return f"≤ {self.limit:g} ×" if self.relative else f"≤ {self.limit:g} {unit}"
+
+    def met(self, ours: float | None, ratio: float | None) -> bool | None:
+        """None: cannot be told."""
+        value = ratio if self.relative else ours
+        return None if value is None else value <= self.limit
+
+
+@dataclass(frozen=True)
+class RowSpec:
+    """One row: ``key`` is the figure's name in what :attr:`Bench.measure` returns."""
 
     name: str
+    key: str
     unit: str
-    ours: Measure
-    rival_name: str = "—"
-    rival: Measure | None = None
-    most: float | None = None           # target: ours at most so much
-    most_ratio: float | None = None     # target: at most so many times the rival
-    least_ratio: float | None = None    # target, where more is better: at least that part of the rival
-    repetitions: int = 5
+    target: Target | None = None
 
 
-@dataclass(frozen=True, slots=True)
+Figures = Mapping[str, float]
+Measure = Callable[["Lab", Subject, bool], Figures]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """One job, measured for each subject in turn, again and again; it gives a figure for each of its rows.
+
+    ``measure(lab, subject, pinned)`` raises AbsentError or MeasureError.
+    """
+
+    rows: tuple[RowSpec, ...]
+    measure: Measure
+    rival: Subject | None = None
+    pins: tuple[bool, ...] = (False,)
+    repetitions: int = 7
+    heavy: bool = False         # not with --quick
+
+    @property
+    def subjects(self) -> tuple[Subject, ...]:
+        return (Subject.OURS,) if self.rival is None else (Subject.OURS, self.rival)
+
+    def chosen(self, patterns: Sequence[str]) -> list[RowSpec]:
+        """The rows that were asked for; all when nothing was."""
+        return [row for row in self.rows if not patterns or any(matches(row.name, pattern) for pattern in patterns)]
+
+
+def matches(name: str, pattern: str) -> bool:
+    """A part of the name, or a glob over all of it."""
+    return pattern in name or fnmatchcase(name, pattern)
+
+
+@dataclass
 class Row:
-    """A row that was measured."""
+    """The outcome of a row."""
 
-    name: str
-    unit: str
-    ours: float | None
-    rival: float | None
-    rival_name: str
-    ratio: float | None
-    spread: float | None
-    target: str
-    met: bool | None
-    remark: str
+    spec: RowSpec
+    pinned: bool
+    rival: Subject | None
+    ours_samples: list[float] = field(default_factory=list)
+    rival_samples: list[float] = field(default_factory=list)
+    note: str = ""              # why something is missing
+    failed: bool = False        # ours could not be measured
+
+    @property
+    def name(self) -> str:
+        return f"{self.spec.name}/pinned" if self.pinned else self.spec.name
+
+    @property
+    def ours(self) -> float | None:
+        return median(self.ours_samples)
+
+    @property
+    def theirs(self) -> float | None:
+        return median(self.rival_samples)
+
+    @property
+    def ratio(self) -> float | None:
+        ours, theirs = self.ours, self.theirs
+        return ours / theirs if ours is not None and theirs else None
+
+    @property
+    def met(self) -> bool | None:
+        return self.spec.target.met(self.ours, self.ratio) if self.spec.target else None
 
     def as_json(self) -> dict[str, Any]:
-        """For build/bench.json."""
-        return asdict(self)
+        target = self.spec.target
+        return {
+            "name": self.name, "ours": self.ours, "rival": self.theirs, "rival_name": self.rival.value if self.rival else None,
+            "ratio": self.ratio, "unit": self.spec.unit, "spread": spread(self.ours_samples),
+            "rival_spread": spread(self.rival_samples), "target": target.text(self.spec.unit) if target else None,
+            "met": self.met, "pinned": self.pinned, "repetitions": len(self.ours_samples), "note": self.note or None,
+        }
 
 
-def _take(measure: Measure, series: Series) -> None:
-    if series.why_not:
-        return
-    try:
-        series.values.append(measure())
-    except NotMeasuredError as error:
-        series.why_not = str(error)
+def median(samples: Sequence[float]) -> float | None:
+    return statistics.median(samples) if samples else None
 
 
-def measure(plan: Plan, step: Callable[[], None] = lambda: None) -> Row:
-    """Take the repetitions, ours and the rival's in turn."""
-    ours, rival = Series(), Series()
-    for _ in range(plan.repetitions):
-        _take(plan.ours, ours)
-        if plan.rival is not None:
-            _take(plan.rival, rival)
-        step()
-    return judge(plan, ours, rival)
-
-
-def judge(plan: Plan, ours: Series, rival: Series) -> Row:
-    """The row of these series."""
-    mine, theirs = ours.median, rival.median
-    ratio = mine / theirs if mine is not None and theirs else None
-    target, met = "", None
-    if plan.most is not None:
-        target, met = f"≤ {plan.most:g} {plan.unit}", None if mine is None else mine <= plan.most
-    elif plan.most_ratio is not None:
-        target, met = f"≤ {plan.most_ratio:g} ×", None if ratio is None else ratio <= plan.most_ratio
-    elif plan.least_ratio is not None:
-        target, met = f"≥ {plan.least_ratio:g} ×", None if ratio is None else ratio >= plan.least_ratio
-    remark = "; ".join(part for part in (ours.why_not, f"{plan.rival_name}: {rival.why_not}" if rival.why_not else "") if part)
-    return Row(plan.name, plan.unit, mine, theirs, plan.rival_name, ratio, ours.spread, target, met, remark)
-
-
-def select(plans: Sequence[Plan], patterns: Sequence[str]) -> list[Plan]:
-    """Those whose name contains one of ``patterns``; all without a pattern."""
-    return [plan for plan in plans if not patterns or any(pattern in plan.name for pattern in patterns)]
+def spread(samples: Sequence[float]) -> float | None:
+    """The distance between the quartiles as a part of the median; with fewer than four samples between the extremes."""
+    middle = median(samples)
+    if not middle or len(samples) < 2:
+        return None
+    if len(samples) < 4:
+        return (max(samples) - min(samples)) / middle
+    low, _, high = statistics.quantiles(samples, n=4, method="inclusive")
+    return (high - low) / middle
