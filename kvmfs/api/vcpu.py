@@ -168,6 +168,7 @@ def _set_cpuid(vcpu: Vcpu, entries: tuple[cpuid.CpuidEntry, ...]) -> int:
     arch = vcpu.arch
     arch.update_cpuid(vcpu)
     arch.cpuid = cpuid.set_cpuid(arch.cpuid, entries, has_run=arch.ran, **arch.cpuid_state(vcpu))
+    arch.cpuid_set = True
     if arch.apic is not None:
         arch.apic.after_set_cpuid()
     hyperv.after_set_cpuid(vcpu)

@@ -10,6 +10,7 @@ import errno
 from typing import TYPE_CHECKING
 
 from kvmfs.abi import msrs as M
+from kvmfs.abi.apic import APIC_LVTCMCI
 from kvmfs.abi.x86 import CR4_MCE, KVM_MAX_MCE_BANKS
 from kvmfs.errors import KvmError
 from kvmfs.kvm import events
@@ -44,7 +45,8 @@ def setup(vcpu: Vcpu, mcg_cap: int) -> None:
 def inject(vcpu: Vcpu, mce: KvmX86Mce) -> None:
     """``kvm_vcpu_ioctl_x86_set_mce``.  EINVAL: no such bank, or the status is not valid.
 
-    A corrected error is only logged in its bank; an uncorrected one raises #MC, or shuts the guest down when it
+    A corrected error is only logged in its bank, so is one that asks for no action (UCNA), which also raises the
+    APIC's CMCI where the guest wants that of the bank; an uncorrected one raises #MC, or shuts the guest down when it
     cannot take one.  The bank is written as hardware would: what was there first counts more.
     """
     msrs = vcpu.arch.msrs
@@ -53,9 +55,11 @@ def inject(vcpu: Vcpu, mce: KvmX86Mce) -> None:
     ctl = M.MSR_IA32_MC0_CTL + 4 * mce.bank
     uncorrected = bool(mce.status & M.MCI_STATUS_UC)
     if uncorrected and not mce.mcg_status and not mce.status & (M.MCI_STATUS_PCC | MCI_STATUS_S | MCI_STATUS_AR):
-        # UCNA, no action required: its CMCI would need an in-kernel APIC.
         msrs.log_mce(ctl, mce.status, mce.addr, mce.misc)
         msrs.mcg_status = mce.mcg_status
+        apic = vcpu.arch.apic
+        if apic is not None and msrs.cmci_enabled(mce.bank):
+            apic.local_deliver(APIC_LVTCMCI)
         return
     if uncorrected and (not msrs.mce_enabled or msrs.bank_register(ctl) != M64):
         return                                          # reporting is off

@@ -465,6 +465,10 @@ class MsrFile:
         """A register of a bank, whoever may see it."""
         return self._values.get(index, 0)
 
+    def cmci_enabled(self, bank: int) -> bool:
+        """Does the guest want an interrupt for what is logged in the bank?"""
+        return bool(self.mcg_cap & M.MCG_CMCI_P and self.bank_register(M.MSR_IA32_MC0_CTL2 + bank) & M.MCI_CTL2_CMCI_EN)
+
     def log_mce(self, ctl: int, status: int, addr: int, misc: int) -> None:
         """Write the three registers behind MCi_CTL (MSR number ``ctl``)."""
         self._values |= {ctl + 1: status, ctl + 2: addr, ctl + 3: misc}

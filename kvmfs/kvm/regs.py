@@ -123,8 +123,13 @@ def is_valid_cr0(vcpu: Vcpu, cr0: int) -> bool:
 
 
 def cr4_guest_reserved(vcpu: Vcpu) -> int:
-    """CR4 bits that this vCPU's CPUID does not have (``vcpu->arch.cr4_guest_rsvd_bits``)."""
+    """CR4 bits that this vCPU's CPUID does not have (``vcpu->arch.cr4_guest_rsvd_bits``).
+
+    Before the client sets one, all that KVM knows may be set.
+    """
     reserved = M64 & ~CR4_KNOWN
+    if not vcpu.arch.cpuid_set:
+        return reserved
     for leaf, subleaf, register, bit, bits in _CR4_FEATURES:
         entry = vcpu.arch.cpuid.find(leaf, subleaf)
         if entry is None or not getattr(entry, register) >> bit & 1:

@@ -128,6 +128,7 @@ class VcpuArch:
         self.ran = False                    # has been in the guest: CPUID is fixed
         self.last_vmentry_cpu = 0xFFFFFFFF
         self.cpuid: CpuidTable = CpuidTable()
+        self.cpuid_set = False              # KVM_SET_CPUID or KVM_SET_CPUID2 has succeeded
         self.guest_debug = 0                # KVM_SET_GUEST_DEBUG's control, 0 without KVM_GUESTDBG_ENABLE
         self.debug_db: tuple[int, ...] = (0, 0, 0, 0)   # its breakpoints
         self.debug_dr7 = self.singlestep_rip = 0

@@ -16,6 +16,7 @@ from kvmfs.abi.x86 import CR4_MCE
 from kvmfs.api.dispatch import SystemDispatcher
 from kvmfs.kvm.kvm_main import Kvm
 from kvmfs.kvm.mce import MCI_STATUS_AR, MCI_STATUS_S
+from tests.unit.irq_machine import APIC, APIC_ON, IrqMachine, handler
 from tests.unit.machine import Machine, Req
 
 ALL = (1 << 64) - 1
@@ -137,6 +138,22 @@ def test_corrected_and_ucna(machine, vendor):
     assert (m.run(), m.reason) == (0, kx.KVM_EXIT_HLT)
     assert inject(m, VAL | UC | EN | MCI_STATUS_S | MCI_STATUS_AR) == 0
     assert (m.run(), m.reason) == (0, kx.KVM_EXIT_SHUTDOWN)
+
+
+def test_ucna_raises_the_interrupt_that_the_bank_asks_for():
+    """CMCI: the entry of the local vector table is there once IA32_MCG_CAP says so, and each bank has its own enable."""
+    m = IrqMachine("intel", APIC_ON + f"mov dword ptr [{APIC + 0x2F0:#x}], 0xa9; mov ecx, 0x287; mov eax, 0x40000000\n"
+                   "xor edx, edx; wrmsr; sti; out 0xf4, al; nop; xor eax, eax; wrmsr; out 0xf4, al; nop; out 0xf4, al\n"
+                   + handler(0xA9))
+    try:
+        assert setup(m, 10 | M.MCG_CMCI_P) == 0
+        for count in (0, 1, 1):
+            assert (m.run_within(), m.reason) == (0, kx.KVM_EXIT_IO)
+            assert m.count(0xA9) == count
+            assert inject(m, VAL | UC | EN, 7) == 0
+        assert bank(m, 7)[1] == VAL | UC | EN
+    finally:
+        m.close()
 
 
 def test_lmce_needs_the_capability(machine):

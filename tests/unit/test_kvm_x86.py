@@ -11,6 +11,7 @@ import pytest
 from kvmfs.abi import exits as kx
 from kvmfs.abi import ioctls as K
 from kvmfs.abi import msrs as M
+from kvmfs.abi.x86 import CR4_FSGSBASE, CR4_SMEP
 from kvmfs.kvm.kvm_main import VCPU_INODE, VM_INODE
 from tests.unit.machine import CODE, Machine
 
@@ -230,6 +231,21 @@ def test_sregs_that_exclude_each_other(machine, vendor, change):
         setattr(sregs, name, value)
     assert m.set_sregs(sregs) == -errno.EINVAL
     assert m.run() == 0
+
+
+@BOTH
+def test_cr4_before_and_after_the_first_cpuid(machine, vendor):
+    """Before the client sets a CPUID, all that KVM knows may be in CR4; after an empty one, none of the features."""
+    m = machine(vendor, "hlt")
+    sregs = m.sregs()
+    sregs.cr4 |= CR4_SMEP | CR4_FSGSBASE
+    assert m.set_sregs(sregs) == 0
+    sregs.cr4 &= ~(CR4_SMEP | CR4_FSGSBASE)
+    assert m.set_sregs(sregs) == 0
+    assert m.vcpu_ioctl(K.KVM_SET_CPUID2, 0x1000, bytes(8)) == (0, b"")
+    for bit in (CR4_SMEP, CR4_FSGSBASE):
+        sregs.cr4 = bit
+        assert m.set_sregs(sregs) == -errno.EINVAL
 
 
 @BOTH

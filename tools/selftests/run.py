@@ -33,7 +33,7 @@ TIMEOUT = 120                       # seconds, as in the tests' own "settings"
 class Expectation:
     """What expected.toml says about one test with one vendor."""
 
-    result: str                     # "pass", "skip", "host" (either), or "unlisted"
+    result: str                     # "pass", "skip", "host", "open" or "unlisted"
     why: str = ""
     timeout: float = TIMEOUT        # seconds
 
@@ -52,18 +52,19 @@ class Outcome:
     @property
     def as_expected(self) -> bool:
         """Whether it did what expected.toml says."""
-        expected = self.expectation.result
-        return self.result == expected or (expected == "host" and self.result in ("pass", "skip"))
+        allowed = ("pass", "skip", "fail") if self.expectation.result == "host" else (self.expectation.result,)
+        return self.result in allowed
 
 
 class Expectations:
-    """expected.toml: the tests that pass, those that skip and why, those that the host decides; the fast ones."""
+    """expected.toml: what passes, skips and why, depends on the host or still fails; the fast ones."""
 
     def __init__(self, path: Path = EXPECTED) -> None:
         table: dict[str, Any] = tomllib.loads(path.read_text())
         self._pass: list[str] = table["pass"]
         self._skip: dict[str, str | dict[str, str]] = table["skip"]
         self._host: dict[str, str] = table["host"]
+        self._open: dict[str, str] = table["open"]
         self._timeout: dict[str, float] = table["timeout"]
         self.fast: list[str] = table["fast"]
 
@@ -77,6 +78,8 @@ class Expectations:
             return Expectation("skip", reason, timeout)
         if test in self._host:
             return Expectation("host", self._host[test], timeout)
+        if test in self._open:
+            return Expectation("open", self._open[test], timeout)
         if test in self._pass:
             return Expectation("pass", "", timeout)
         return Expectation("unlisted", "expected.toml does not name it", timeout)
@@ -142,7 +145,9 @@ def line(outcome: Outcome) -> str:
     text = f"{outcome.test:44} {outcome.vendor:6} {outcome.result:6} {outcome.seconds:6.1f} s"
     if not outcome.as_expected:
         text += f"  NOT AS EXPECTED ({outcome.expectation.result})"
-        if outcome.result == "skip":
+        if outcome.expectation.result == "open":
+            text += f": {outcome.expectation.why}"
+        elif outcome.result == "skip":
             text += f": {outcome.said}"
     elif outcome.result == "skip":
         text += f"  {outcome.expectation.why} ({outcome.said})"
