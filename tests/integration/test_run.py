@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -186,3 +187,18 @@ def test_version_as_tables(kvmd):
     result = kvmfs("version")
     assert result.returncode == 0 and "unicorn" in result.stdout and "2.1.4" in result.stdout
     assert "vms_created" in result.stdout
+
+
+@pytest.mark.parametrize("wrapper", [[], ordinary_user()], ids=["root", "ordinary user"])
+def test_pretended_cpu(nothing_left, vendor, wrapper):
+    """The program's /proc/cpuinfo has the vendor's flag at each CPU, not the other's, and all the rest; nobody else's has."""
+    before = Path("/proc/cpuinfo").read_text()
+    result = kvmfs_run("cat", "/proc/cpuinfo", options=["--vendor", vendor, "--pretend-cpu"], wrapper=wrapper)
+    assert result.returncode == 0, result.stderr
+    ours, other = ("svm", "vmx") if vendor == "amd" else ("vmx", "svm")
+    flags = [line.split() for line in result.stdout.splitlines() if line.startswith("flags")]
+    assert len(flags) == before.count("\nflags") and all(ours in line and other not in line for line in flags)
+    lines = [line for line in before.splitlines() if line.startswith(("processor", "model name", "address sizes"))]
+    assert [line for line in result.stdout.splitlines() if line.startswith(("processor", "model name", "address sizes"))] == lines
+    after = Path("/proc/cpuinfo").read_text()
+    assert all(after.count(flag) == before.count(flag) for flag in ("svm", "vmx"))

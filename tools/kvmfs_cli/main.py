@@ -65,11 +65,14 @@ def main() -> None:
 @_FAULT
 @click.option("--node", type=click.Path(), metavar="PATH",
               help="Use the node of a running daemon ('kvmfs mount DIRECTORY' makes DIRECTORY/kvm) and start none.")
+@click.option("--pretend-cpu", is_flag=True,
+              help="Show PROGRAM a /proc/cpuinfo with the flag svm or vmx, by the vendor: for programs that look there before they "
+                   "open the node (kvm-ok, virt-host-validate).")
 @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="warning",
               show_default=True, help="What the private daemon says on stderr.")
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED, metavar="[--] PROGRAM [ARGUMENT]...")
-def run(vendor: str, profile: str, passthrough: str, faults: tuple[str, ...], node: str | None, log_level: str,
-        command: tuple[str, ...]) -> None:
+def run(vendor: str, profile: str, passthrough: str, faults: tuple[str, ...], node: str | None, pretend_cpu: bool,
+        log_level: str, command: tuple[str, ...]) -> None:
     """Run PROGRAM with the fake node at /dev/kvm.
 
     A private daemon is started, and its node put over /dev/kvm in a private mount namespace: nobody else sees it, it
@@ -89,12 +92,13 @@ def run(vendor: str, profile: str, passthrough: str, faults: tuple[str, ...], no
       kvmfs run --vendor intel -- sh -c 'ls -l /dev/kvm; build/hello'
       kvmfs run -- strace -f -e ioctl build/hello
       kvmfs run --fault KVM_CREATE_VCPU:ENOMEM -- build/hello
+      kvmfs run --pretend-cpu -- kvm-ok
     """
     from kvmfs_cli import run as runner
 
     try:
         status = runner.run(command, node=node, vendor=vendor, profile=profile, passthrough=passthrough, faults=faults,
-                            log_level=log_level)
+                            log_level=log_level, pretend_cpu=pretend_cpu)
     except runner.RunError as error:
         click.echo(f"kvmfs run: {error}", err=True)
         status = runner.EXIT_OURS

@@ -11,6 +11,7 @@ import tempfile
 
 CLONE_NEWNS, CLONE_NEWUSER = 0x20000, 0x10000000
 MS_NOSUID, MS_NOEXEC, MS_BIND, MS_MOVE, MS_REC, MS_PRIVATE = 2, 8, 0x1000, 0x2000, 0x4000, 1 << 18
+MNT_DETACH = 2
 DEV_KVM = "/dev/kvm"
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -110,5 +111,45 @@ def _private_dev() -> None:
     finally:
         try:
             os.rmdir(new)
+        except OSError:
+            pass
+
+
+CPUINFO = "/proc/cpuinfo"
+VIRTUALIZATION_FLAGS = {"intel": "vmx", "amd": "svm"}
+
+
+def with_virtualization(cpuinfo: str, vendor: str) -> str:
+    """The text of /proc/cpuinfo with the flag of that vendor's virtualization at each CPU, and not the other vendor's."""
+    wanted = VIRTUALIZATION_FLAGS[vendor]
+    others = set(VIRTUALIZATION_FLAGS.values())
+
+    def flags(line: str) -> str:
+        name, colon, value = line.partition(":")
+        if name.strip() != "flags":
+            return line
+        return f"{name}{colon} {' '.join([flag for flag in value.split() if flag not in others] + [wanted])}"
+
+    return "".join(flags(line) + "\n" for line in cpuinfo.splitlines())
+
+
+def pretend_virtualization(vendor: str) -> None:
+    """Put a copy of /proc/cpuinfo that has ``vendor``'s virtualization flag over the real one.  OSError."""
+    with open(CPUINFO, encoding="utf-8", errors="replace") as file:
+        text = with_virtualization(file.read(), vendor)
+    directory = tempfile.mkdtemp(prefix="kvmfs-cpuinfo-")
+    try:
+        _mount("kvmfs-cpuinfo", directory, "tmpfs", MS_NOSUID | MS_NOEXEC, "mode=755")
+        copy = os.path.join(directory, "cpuinfo")
+        with open(copy, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(copy, 0o444)
+        _mount(copy, CPUINFO, None, MS_BIND)
+        if _libc.umount2(directory.encode(), MNT_DETACH) < 0:       # the file's own mount keeps it
+            code = ctypes.get_errno()
+            raise OSError(code, f"umount of {directory}: {os.strerror(code)}")
+    finally:
+        try:
+            os.rmdir(directory)
         except OSError:
             pass

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from kvmfs.fuse.mount import open_dev_fuse
+from kvmfs.vendor import host_vendor
 from kvmfs_cli import namespace
 
 PR_SET_PDEATHSIG = 1
@@ -87,9 +88,11 @@ class PrivateDaemon:
 
 
 def run(command: Sequence[str], *, node: str | None, vendor: str, profile: str, passthrough: str,
-        faults: tuple[str, ...], log_level: str, prepare: Callable[[int], None] | None = None) -> int:
+        faults: tuple[str, ...], log_level: str, pretend_cpu: bool = False,
+        prepare: Callable[[int], None] | None = None) -> int:
     """Run ``command``; returns its exit status, 128 + n when signal n ended it.  Raises RunError.
 
+    ``pretend_cpu``: its /proc/cpuinfo has the flag of the vendor's virtualization.
     ``prepare`` is called with the private daemon's pid before the command starts; it may fork.
     """
     if node is not None and not os.path.exists(node):
@@ -109,6 +112,8 @@ def run(command: Sequence[str], *, node: str | None, vendor: str, profile: str, 
     try:
         try:
             namespace.place_node(node)
+            if pretend_cpu:
+                namespace.pretend_virtualization(host_vendor() if vendor == "auto" else vendor)
         except OSError as error:
             raise RunError(error.strerror or str(error)) from error
         if prepare is not None and daemon is not None:
