@@ -123,7 +123,8 @@ def _wish_of(item: pytest.Item) -> Wish:
         marker = item.get_closest_marker(name)
         return str(marker.args[0]) if marker else ""
 
-    return Wish(argument("kvm_vendor"), argument("kvm_profile"), tuple(str(rule) for marker in item.iter_markers("kvm_fault") for rule in marker.args))
+    faults = tuple(str(rule) for marker in item.iter_markers("kvm_fault") for rule in marker.args)
+    return Wish(argument("kvm_vendor"), argument("kvm_profile"), faults)
 
 
 @pytest.fixture
