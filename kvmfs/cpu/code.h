@@ -243,6 +243,11 @@ static void *look_now_and_then(void *engine) {
 static void start_looking(Engine *e) {
     sigset_t all, old;
     pthread_attr_t attr;
+    pthread_mutex_lock(&e->m);
+    if (e->looking) {
+        pthread_mutex_unlock(&e->m);
+        return;
+    }
     sigfillset(&all);
     pthread_attr_init(&attr);
     pthread_attr_setstacksize(&attr, 1 << 16);
@@ -250,6 +255,7 @@ static void start_looking(Engine *e) {
     e->looking = pthread_create(&e->looker, &attr, look_now_and_then, e) ? -1 : 1;
     pthread_sigmask(SIG_SETMASK, &old, NULL);
     pthread_attr_destroy(&attr);
+    pthread_mutex_unlock(&e->m);
 }
 
 static void stop_looking(Engine *e) {

@@ -403,6 +403,7 @@ int nv_run(Vcpu *v) {
                 single(v);
                 v->alone = 0;
             } else {
+                v->nknown = 0; // of an instruction that was given up
                 start(v, 1);
                 v->nmi = (F(u32, C_IRQ) & IRQ_NMI) != 0;
                 F(u32, C_IRQ) = 0;

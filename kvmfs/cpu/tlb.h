@@ -143,8 +143,13 @@ static bool fill_entry(void *cs, u64 va, int size, int access, int mmu, bool pro
         // The second page of a block is fetched while the block is being looked up, and it may just have gone: look again.
         Vcpu *v = cur;
         if (!same && v && !probe && !v->replaying && !v->alone && v->delivering < 0) leave(v, EXIT_NONE);
-    } else if (t->x != ~0ull && !(e->code[page >> 3] & bit)) {
-        t->x = ~0ull;
+    } else if (t->x != ~0ull) {
+        if (e->code[page >> 3] & bit) { // the next fetch will find this entry
+            note_fetch(e, va);
+            code_unchanged(e, r, pa);
+        } else {
+            t->x = ~0ull;
+        }
     }
     return ok;
 }

@@ -603,6 +603,10 @@ def _further(vcpu: Vcpu, kind: int) -> int:
 
 
 def _exit_fetch(vcpu: Vcpu) -> int:
+    gpa = vcpu.cpu.exit.gpa
+    slot = vcpu.vm.memslots.find(gpa)
+    if slot is not None and slot.backed(gpa):
+        return 1                                # a slot that has come since
     return prepare_emulation_failure(vcpu)
 
 

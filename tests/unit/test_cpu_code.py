@@ -42,6 +42,14 @@ def test_without_suspicion_nothing_is_compared():
     assert again(g) == 2
 
 
+def test_data_of_the_page_is_read_before_its_code():
+    g = Guest(f"start: mov ebx,{FAR}\n mov ecx,[rbx+0x100]\n mov [rbx+0x104],ecx\n call rbx\n hlt")
+    g.ram[FAR:FAR + 6] = b"\xb8\1\0\0\0\xc3"
+    for value in range(1, 20):
+        g.ram[FAR + 1] = value
+        assert again(g) == value
+
+
 def test_a_change_and_back():
     g = Guest("start: mov eax,1\n hlt")
     for value in (1, 2, 1, 3, 1, 2):
