@@ -104,9 +104,14 @@ def do_singlestep(vcpu: Vcpu) -> int:
 
 
 def db_interception(vcpu: Vcpu) -> int:
-    """A #DB that has not reached the guest; the engine tells its cause as bits of DR6."""
+    """A #DB that has not reached the guest; the engine tells its cause as bits of DR6.
+
+    RF is not set for an execution breakpoint (SDM vol. 3, 18.3.1.1): a debugger's comes again until the client moves
+    on or sets RF itself.
+    """
     cause = vcpu.cpu.exit.info2
     if vcpu.arch.guest_debug & _OWN_DB:
+        vcpu.cpu.rflags &= ~X.X86_EFLAGS_RF             # the engine has set it
         return debug_exit(vcpu, X.DB_VECTOR, X.DR6_ACTIVE_LOW | cause, effective_dr7(vcpu))
     events.queue_exception(vcpu, X.DB_VECTOR, payload=cause)
     return 1
