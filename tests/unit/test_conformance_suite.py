@@ -10,6 +10,7 @@ import pytest
 
 from kvmfs.abi.caps import CAPS
 from kvmfs.abi.ioctls import BY_NAME, TABLE, Level
+from kvmfs.kvm import caps
 from kvmfs_conformance import compare, differences, facts, report, runner, wire
 from kvmfs_conformance.model import CASES, Case, Node, Outcome, Status
 
@@ -71,6 +72,23 @@ def test_recorded_facts(name):
     assert {case.split("/")[1] for case in recorded.cases} == BY_NAME.keys()
     assert not [case for case, result in recorded.cases.items() if result["status"] == "fail"]
     assert facts.loads(facts.dumps(recorded)) == recorded
+
+
+def test_no_difference_is_stale():
+    """What a recorded kernel's line excuses is to be seen there; a capability's line needs something to differ."""
+    known, recorded = differences.load(), [facts.load(name) for name in facts.recorded()]
+    for kernel in recorded:
+        assert not known.stale(kernel.kind, kernel.failures())
+    always = {name for name in known.capabilities if caps.SUPPORTED.get(CAPS[name]) == 1
+              and all(kernel.capabilities.get(CAPS[name]) == 1 for kernel in recorded)}
+    assert always <= {"KVM_CAP_VM_TYPES"}       # a mask, which has one bit on these
+
+
+def test_stale_lines_are_found():
+    known = differences.Differences({"difference": [
+        {"node": "kvmfs", "checks": ["vm/KVM_X/t: a", "vm/KVM_X/*: b"], "reason": "So."},
+        {"node": "kvm_amd", "checks": ["vm/KVM_X/t: c"], "reason": "So."}]})
+    assert known.stale("kvmfs", ["vm/KVM_X/t: b", "vm/KVM_X/t: c"]) == ["vm/KVM_X/t: a"]
 
 
 # ---- it finds what is wrong ---------------------------------------------------------------------------------

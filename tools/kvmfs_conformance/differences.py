@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from importlib.resources import files
@@ -33,6 +34,12 @@ class Differences:
     def reason(self, kind: str, case: str, check: Check) -> str | None:
         """Why a node of this kind may have this outcome; None: there is no reason."""
         return self.explain(kind, f"{case}: {check.label}", check.outcome)
+
+    def stale(self, node: str, failures: Iterable[str]) -> list[str]:
+        """Patterns for exactly this kind of node that match none of the checks (``case id: label``) that failed or differed."""
+        failed = list(failures)
+        return [pattern for entry in self.entries if entry.node == node for pattern in entry.checks
+                if not any(fnmatchcase(key, pattern) for key in failed)]
 
     def explain(self, kind: str, key: str, outcome: str) -> str | None:
         """As reason(), for ``case id: label``."""

@@ -29,6 +29,10 @@ class Facts:
     def kind(self) -> str:
         return self.node["kind"]
 
+    def failures(self) -> list[str]:
+        """The checks (``case id: label``) that came out otherwise than the suite expects, known or not."""
+        return [f"{case}: {failure['check']}" for case, result in self.cases.items() for failure in result["failures"]]
+
     @property
     def title(self) -> str:
         """How a table calls it."""
