@@ -67,7 +67,7 @@ def set_regs(vcpu: Vcpu, req: RequestLike) -> int:
 
 def get_sregs(vcpu: Vcpu, req: RequestLike) -> bytes:
     """KVM_GET_SREGS."""
-    return bytes(regs.get_sregs(vcpu))
+    return regs.get_sregs(vcpu)
 
 
 def set_sregs(vcpu: Vcpu, req: RequestLike) -> int:

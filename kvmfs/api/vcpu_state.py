@@ -21,7 +21,7 @@ _TPR_ACCESS = struct.Struct("<II")               # enabled, flags; then 32 bytes
 
 def get_sregs2(vcpu: Vcpu, req: RequestLike) -> bytes:
     """KVM_GET_SREGS2."""
-    return bytes(regs.get_sregs2(vcpu))
+    return regs.get_sregs2(vcpu)
 
 
 def set_sregs2(vcpu: Vcpu, req: RequestLike) -> int:

@@ -63,6 +63,10 @@ _EXC_AT: Final = _offset(VcpuInfo, "exc_vector") // 4
 _SUSPECT_AT: Final = _offset(VcpuInfo, "suspect") // 4
 _IO_EXIT: Final = Struct("<4I").unpack_from
 _FLAGS: Final = Struct(f"<Q{_offset(CpuState, 'hflags') - _RFLAGS_AT - 8}xI").unpack_from
+_SEGMENT: Final = Struct("<I4xQII").iter_unpack  # SegmentState
+_SEGMENTS_AT: Final = _offset(CpuState, "segs")
+_TABLES_AT: Final = _offset(CpuState, "gdt")  # the IDT and the control registers follow
+_TABLES: Final = Struct("<8xQI4x8xQI4x5Q").unpack_from
 _HF2_GIF, _HF2_NMI, _HF2_VINTR_MASKING = 1, 4, 8
 
 
@@ -160,6 +164,19 @@ class Cpu(StateFields):
             return False, 0, state[_TPR_AT] & 15
         ints = self._ints
         return not hflags & 8 and ints[_INTR_AT] < 0 and ints[_EXC_AT] < 0, 1, state[_TPR_AT] & 15
+
+    def segments(self) -> list[tuple[int, int, int, int]]:
+        """:meth:`segment` of all eight at once."""
+        found = [
+            (selector, base, limit, flags >> 8 & 0xFF | flags >> 12 & 0xF00)
+            for selector, base, limit, flags in _SEGMENT(self._state[_SEGMENTS_AT:_TABLES_AT])
+        ]
+        found[_TR] = self.segment(_TR)
+        return found
+
+    def tables_and_crs(self) -> tuple[int, ...]:
+        """Base and limit of the GDT, the same of the IDT, CR0 to CR4 (CR1 is 0), at once."""
+        return _TABLES(self._state, _TABLES_AT)
 
     def complete_io_in(self, data: bytes | bytearray | memoryview) -> int:
         """IN or INS gets its data (count * size bytes). 0, or the kind of a further exit (INS into MMIO)."""

@@ -84,7 +84,7 @@ def registers(vcpu: Vcpu) -> dict[str, Any]:
     """struct kvm_regs and kvm_sregs as hexadecimal digits, and the code at rip."""
     def look() -> dict[str, Any]:
         linear = regs.linear_rip(vcpu)
-        return {"regs": regs.get_regs(vcpu).hex(), "sregs": bytes(regs.get_sregs(vcpu)).hex(), "linear_rip": linear,
+        return {"regs": regs.get_regs(vcpu).hex(), "sregs": regs.get_sregs(vcpu).hex(), "linear_rip": linear,
                 "bits": code_bits(vcpu), "code": mmu.read_virtual(vcpu, linear, _CODE).hex(), "mp_state": vcpu.arch.mp_state}
 
     return at_rest(vcpu, look)

@@ -28,11 +28,11 @@ def mtrr_valid(index: int, value: int, maxphyaddr: int) -> bool:
     if index == M.MSR_MTRRdefType:
         return not value & ~_DEF_TYPE_BITS and value & 0xFF in _VALID_TYPES
     if index in FIXED_MSRS:
-        return all(kind in _VALID_TYPES for kind in value.to_bytes(8, "little"))
+        return _VALID_TYPES.issuperset(value.to_bytes(8, "little"))
     reserved = ((1 << 64) - (1 << maxphyaddr)) | (0x7FF if index & 1 else 0xF00)
     return not value & reserved and (bool(index & 1) or value & 0xFF in _VALID_TYPES)
 
 
 def pat_valid(value: int) -> bool:
     """May ``value`` be written to IA32_PAT: eight memory types?"""
-    return all(kind in _PAT_TYPES for kind in value.to_bytes(8, "little"))
+    return _PAT_TYPES.issuperset(value.to_bytes(8, "little"))

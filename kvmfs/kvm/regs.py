@@ -16,7 +16,7 @@ from kvmfs.abi.structs import KvmSregs, KvmSregs2
 from kvmfs.errors import KvmError
 from kvmfs.kvm import events, mmu
 from kvmfs.kvm.msrs import apic_base_valid
-from kvmfs.vendor.ops import SEG_CS, SEG_DS, SEG_ES, SEG_FS, SEG_GS, SEG_LDTR, SEG_SS, SEG_TR
+from kvmfs.vendor.ops import LARGE_LIMIT, SEG_CS, SEG_DS, SEG_ES, SEG_FS, SEG_GS, SEG_LDTR, SEG_SS, SEG_TR
 
 if TYPE_CHECKING:
     from kvmfs.kvm.kvm_main import Vcpu
@@ -41,6 +41,10 @@ CR0_PDPTR_BITS = X.CR0_CD | X.CR0_NW | X.CR0_PG
 CR4_PDPTR_BITS = X.CR4_PGE | X.CR4_PSE | X.CR4_PAE | X.CR4_SMEP
 EFER_KNOWN = X.EFER_SCE | X.EFER_LME | X.EFER_LMA | X.EFER_NX | X.EFER_FFXSR
 
+# What struct kvm_sregs and struct kvm_sregs2 have in common: eight segments, GDT, IDT, cr0 cr2 cr3 cr4 cr8 efer apic_base.
+_SREGS_COMMON = struct.Struct("<" + 8 * "QIH10s" + 2 * "QH6x" + "7Q")
+_SREGS2_TAIL = struct.Struct("<5Q")     # flags, pdptrs
+_INTERRUPT_BITMAP_SIZE = 256 // 8
 _REGS = struct.Struct("<18Q")   # struct kvm_regs: rax rbx rcx rdx rsi rdi rsp rbp r8..r15 rip rflags
 
 
@@ -254,35 +258,31 @@ _SEGMENTS = (("cs", SEG_CS), ("ds", SEG_DS), ("es", SEG_ES), ("fs", SEG_FS), ("g
              ("tr", SEG_TR), ("ldt", SEG_LDTR))
 
 
-def get_sregs(vcpu: Vcpu) -> KvmSregs:
-    """KVM_GET_SREGS (api.rst 4.13)."""
-    sregs, interrupt = KvmSregs(), vcpu.arch.interrupt
-    _get_sregs_common(vcpu, sregs)
-    if interrupt.injected and not interrupt.soft:
-        sregs.interrupt_bitmap[interrupt.nr >> 6] = 1 << (interrupt.nr & 63)
-    return sregs
+def get_sregs(vcpu: Vcpu) -> bytes:
+    """KVM_GET_SREGS (api.rst 4.13): a struct kvm_sregs."""
+    interrupt = vcpu.arch.interrupt
+    bitmap = 1 << interrupt.nr if interrupt.injected and not interrupt.soft else 0
+    return _sregs_common(vcpu) + bitmap.to_bytes(_INTERRUPT_BITMAP_SIZE, "little")
 
 
-def get_sregs2(vcpu: Vcpu) -> KvmSregs2:
-    """KVM_GET_SREGS2 (api.rst 4.131): with PAE paging also the four PDPTRs."""
-    sregs = KvmSregs2()
-    _get_sregs_common(vcpu, sregs)
-    if is_pae_paging(vcpu):
-        for i, entry in enumerate(mmu.pdptrs(vcpu)):
-            sregs.pdptrs[i] = entry
-        sregs.flags = KVM_SREGS2_FLAGS_PDPTRS_VALID
-    return sregs
+def get_sregs2(vcpu: Vcpu) -> bytes:
+    """KVM_GET_SREGS2 (api.rst 4.131): a struct kvm_sregs2, with PAE paging also the four PDPTRs."""
+    pae = is_pae_paging(vcpu)
+    pdptrs = mmu.pdptrs(vcpu) if pae else (0, 0, 0, 0)
+    return _sregs_common(vcpu) + _SREGS2_TAIL.pack(KVM_SREGS2_FLAGS_PDPTRS_VALID if pae else 0, *pdptrs)
 
 
-def _get_sregs_common(vcpu: Vcpu, sregs: KvmSregs | KvmSregs2) -> None:
-    cpu, vendor = vcpu.cpu, vcpu.vm.vendor
+def _sregs_common(vcpu: Vcpu) -> bytes:
+    cpu, bits_of = vcpu.cpu, vcpu.vm.vendor.segment_bits
     events.payload_quirk(vcpu)
-    for name, index in _SEGMENTS:
-        setattr(sregs, name, vendor.get_segment(vcpu, index))
-    sregs.idt.base, sregs.idt.limit = cpu.idt
-    sregs.gdt.base, sregs.gdt.limit = cpu.gdt
-    sregs.cr0, sregs.cr2, sregs.cr3, sregs.cr4, sregs.cr8 = cpu.cr0, cpu.cr2, cpu.cr3, cpu.cr4, cpu.cr8
-    sregs.efer, sregs.apic_base = cpu.efer, vcpu.arch.apic_base
+    segments = cpu.segments()
+    shown: list[int | bytes] = []
+    for _, index in _SEGMENTS:
+        selector, base, limit, attrib = segments[index]
+        shown += base, limit, selector, bits_of(index, attrib, limit > LARGE_LIMIT)
+    gdt, gdt_limit, idt, idt_limit, cr0, _, cr2, cr3, cr4 = cpu.tables_and_crs()
+    return _SREGS_COMMON.pack(*shown, gdt, gdt_limit & 0xFFFF, idt, idt_limit & 0xFFFF, cr0, cr2, cr3, cr4, cpu.cr8, cpu.efer,
+                              vcpu.arch.apic_base)
 
 
 def is_valid_sregs(vcpu: Vcpu, sregs: KvmSregs | KvmSregs2) -> bool:

@@ -53,7 +53,7 @@ def store_regs(vcpu: Vcpu, valid: int) -> None:
     if valid & kx.KVM_SYNC_X86_REGS:
         run[_REGS:_SREGS] = regs.get_regs(vcpu)
     if valid & kx.KVM_SYNC_X86_SREGS:
-        run[_SREGS:_EVENTS] = bytes(regs.get_sregs(vcpu))
+        run[_SREGS:_EVENTS] = regs.get_sregs(vcpu)
     if valid & kx.KVM_SYNC_X86_EVENTS:
         state = bytes(events.get_vcpu_events(vcpu))
         run[_EVENTS:_EVENTS + len(state)] = state

@@ -12,10 +12,11 @@ import abc
 from typing import TYPE_CHECKING
 
 from kvmfs.abi.msrs import MSR_CSTAR, MSR_IA32_CR_PAT, MSR_TSC_AUX
+from kvmfs.abi.structs import KvmSegment
 from kvmfs.abi.x86 import CR4_PCIDE, CR4_VMXE, X86_EFLAGS_IF
+from kvmfs.vendor import segments
 
 if TYPE_CHECKING:
-    from kvmfs.abi.structs import KvmSegment
     from kvmfs.kvm.kvm_main import Vcpu, Vm
 
 # Intercept numbers are bits of the VMCB's intercept vectors (APM vol. 2, 15.9 and table B-1).
@@ -48,6 +49,7 @@ COMMON_INTERCEPTS = (
 )
 
 # Segment indices, in the order of the hardware's encoding, then the two system segments.
+LARGE_LIMIT = 0xFFFFF           # the last limit that needs no granularity bit
 SEG_ES, SEG_CS, SEG_SS, SEG_DS, SEG_FS, SEG_GS, SEG_LDTR, SEG_TR = range(8)
 
 
@@ -91,8 +93,17 @@ class KvmX86Ops(abc.ABC):
     # ---- register state -----------------------------------------------------------------------------
 
     @abc.abstractmethod
+    def segment_bits(self, index: int, attrib: int, large: bool) -> bytes:
+        """A segment register's bits as this vendor's KVM shows them: struct kvm_segment from ``type`` on.
+
+        ``attrib``: the VMCB's 12 bits; ``large``: the limit is above 1 MiB.
+        """
+
     def get_segment(self, vcpu: Vcpu, index: int) -> KvmSegment:
         """A segment register in the form this vendor's KVM shows it."""
+        selector, base, limit, attrib = vcpu.cpu.segment(index)
+        bits = self.segment_bits(index, attrib, limit > LARGE_LIMIT)
+        return KvmSegment.from_buffer_copy(segments.SEGMENT.pack(base, limit, selector, bits))
 
     @abc.abstractmethod
     def set_segment(self, vcpu: Vcpu, index: int, segment: KvmSegment) -> None:

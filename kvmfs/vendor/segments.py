@@ -3,8 +3,13 @@
 
 from __future__ import annotations
 
+from struct import Struct
+
 from kvmfs.abi.structs import KvmSegment
 
+# struct kvm_segment: base, limit, selector, and a byte for each of the bits.
+SEGMENT = Struct("<QIH10s")
+BITS_AT = 14
 TYPE, S, DPL, P, AVL, L, DB, G = 0xF, 1 << 4, 3 << 5, 1 << 7, 1 << 8, 1 << 9, 1 << 10, 1 << 11
 
 
@@ -15,9 +20,13 @@ def to_attrib(segment: KvmSegment) -> int:
             | (segment.l & 1) << 9 | (segment.db & 1) << 10 | (segment.g & 1) << 11)
 
 
-def from_attrib(selector: int, base: int, limit: int, attrib: int) -> KvmSegment:
-    """What the hardware holds, without any vendor's touches; not present means unusable."""
+def from_attrib(attrib: int) -> KvmSegment:
+    """The bits that the hardware holds, without any vendor's touches; not present means unusable."""
     present = attrib >> 7 & 1
-    return KvmSegment(base=base, limit=limit, selector=selector, type=attrib & TYPE, present=present,
-                      dpl=attrib >> 5 & 3, db=attrib >> 10 & 1, s=attrib >> 4 & 1, l=attrib >> 9 & 1,
-                      g=attrib >> 11 & 1, avl=attrib >> 8 & 1, unusable=not present)
+    return KvmSegment(type=attrib & TYPE, present=present, dpl=attrib >> 5 & 3, db=attrib >> 10 & 1, s=attrib >> 4 & 1,
+                      l=attrib >> 9 & 1, g=attrib >> 11 & 1, avl=attrib >> 8 & 1, unusable=not present)
+
+
+def bits_of(segment: KvmSegment) -> bytes:
+    """The bytes of a struct kvm_segment behind its selector."""
+    return bytes(segment)[BITS_AT:]

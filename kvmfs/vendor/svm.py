@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 from kvmfs.abi import msrs as M
@@ -26,6 +27,21 @@ _RESET_CODE = 0x9B
 _RESET_LDT, _RESET_TSS16 = 0x82, 0x83
 
 
+@functools.lru_cache(maxsize=1024)
+def _segment_bits(index: int, attrib: int, large: bool) -> bytes:
+    """``svm_get_segment``: a VMCB has no G for CS and no "unusable", so both are made up."""
+    seg = segments.from_attrib(attrib)
+    seg.g = large
+    if index == SEG_TR:
+        seg.type |= 2
+    elif index == SEG_SS:
+        if seg.unusable:
+            seg.db = 0
+    elif index not in (SEG_CS, SEG_LDTR) and not seg.unusable:
+        seg.type |= 1
+    return segments.bits_of(seg)
+
+
 class Svm(KvmX86Ops):
     """kvm-amd over the engine, which is SVM hardware already."""
 
@@ -45,18 +61,8 @@ class Svm(KvmX86Ops):
         cpu.set_segment(SEG_TR, 0, 0, 0xFFFF, _RESET_TSS16)
         cpu.gdt = cpu.idt = (0, 0xFFFF)
 
-    def get_segment(self, vcpu: Vcpu, index: int) -> KvmSegment:
-        """``svm_get_segment``: a VMCB has no G for CS and no "unusable", so both are made up."""
-        seg = segments.from_attrib(*vcpu.cpu.segment(index))
-        seg.g = seg.limit > 0xFFFFF
-        if index == SEG_TR:
-            seg.type |= 2
-        elif index == SEG_SS:
-            if seg.unusable:
-                seg.db = 0
-        elif index not in (SEG_CS, SEG_LDTR) and not seg.unusable:
-            seg.type |= 1
-        return seg
+    def segment_bits(self, index: int, attrib: int, large: bool) -> bytes:
+        return _segment_bits(index, attrib, large)
 
     def set_segment(self, vcpu: Vcpu, index: int, segment: KvmSegment) -> None:
         vcpu.cpu.set_segment(index, segment.selector, segment.base, segment.limit, segments.to_attrib(segment))

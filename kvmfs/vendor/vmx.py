@@ -7,6 +7,7 @@ with, VM entry's checks on the guest state area (SDM vol. 3, 27.3.1), is checked
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 from kvmfs.abi import msrs as M
@@ -44,6 +45,12 @@ _CODE_TYPES = frozenset((9, 11, 13, 15))
 _DATA, _CODE, _LDT, _TSS = 0x93, 0x9B, 0x82, 0x8B
 
 
+@functools.lru_cache(maxsize=256)
+def _segment_bits(attrib: int) -> bytes:
+    """``vmx_get_segment``."""
+    return segments.bits_of(segments.from_attrib(attrib))
+
+
 class Vmx(KvmX86Ops):
     """kvm-intel, with unrestricted guest: real mode is entered as it is."""
 
@@ -66,9 +73,8 @@ class Vmx(KvmX86Ops):
         if not init_event:
             cpu.sysenter_cs = cpu.sysenter_esp = cpu.sysenter_eip = 0
 
-    def get_segment(self, vcpu: Vcpu, index: int) -> KvmSegment:
-        """``vmx_get_segment``."""
-        return segments.from_attrib(*vcpu.cpu.segment(index))
+    def segment_bits(self, index: int, attrib: int, large: bool) -> bytes:
+        return _segment_bits(attrib)
 
     def set_segment(self, vcpu: Vcpu, index: int, segment: KvmSegment) -> None:
         """``__vmx_set_segment``: clients forget the accessed bit, which entry insists on."""
