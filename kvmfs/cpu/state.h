@@ -39,6 +39,7 @@ static int check_layout(Engine *e, const char *path) {
     if (F(char *, C_ENV_PTR) != e->env || F(char *, C_UC) != e->uc || F(char *, ENV_UC) != e->uc) return 1;
     for (size_t i = 0; i < sizeof slot / sizeof *slot; i++)
         if (*(void **)(e->cc + slot[i].at) != dlsym(lib, slot[i].name)) return 1;
+    if (F(u64, XSAVE_COMPONENTS) != 7) return 1; // x87, SSE, AVX: those of the model
     if (UC(void *, UC_MEMORY_MAPPING) != dlsym(lib, "find_memory_mapping_x86_64")) return 1;
     for (int m = 0; m < 3; m++) {
         TlbFast *f = &F(TlbFast, TLB_FAST + 16 * m);
@@ -93,6 +94,7 @@ int nv_engine_new(const char *path, char *uc, const int *insns, Engine **out) {
     while (engines[i]) i++;
     if (i == MAX_CPUS) return 2;
     engines[i] = e;
+    F(u64, XSAVE_COMPONENTS) = 3; // no AVX: guests see none
     UC(u8, UC_NO_EXIT_REQUEST) = 1; // a stop inside an instruction, after its access, would run it twice
     void *f[] = {(void *)h_syscall, (void *)h_in, (void *)h_out}; // SYSCALL first: a pending stop breaks the loop
     size_t id;

@@ -249,6 +249,23 @@ def test_cr4_before_and_after_the_first_cpuid(machine, vendor):
 
 
 @BOTH
+def test_xsetbv_takes_what_there_is(machine, vendor):
+    """x87 and SSE; everything else raises #GP."""
+    m = machine(vendor, """
+        mov dword ptr [52], offset handler
+        mov eax, cr4; or eax, 0x40000; mov cr4, eax
+        xor ecx, ecx; xor edx, edx; mov eax, 3; xsetbv
+        mov ebx, 4
+        again: mov eax, ebx; or eax, 3; xsetbv; inc si
+        next: shl ebx, 1; jnz again
+        hlt
+        handler: inc di; add sp, 6; jmp next""")
+    assert (m.run(), m.reason) == (0, kx.KVM_EXIT_HLT)
+    assert (m.regs()["rsi"], m.regs()["rdi"]) == (0, 30)
+    assert m.vcpu.cpu.xcr0 == 3
+
+
+@BOTH
 def test_control_register_writes_of_the_guest(machine, vendor):
     """Reserved bits raise #GP, as the engine alone would not."""
     m = machine(vendor, """
