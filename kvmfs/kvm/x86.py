@@ -478,7 +478,7 @@ def _exit_io_in(vcpu: Vcpu) -> int:
     port, size, count, string = vcpu.cpu.io_exit()
     if string:
         vcpu.arch.stat.insn_emulation += 1
-    if vcpu.vm.pio_bus.readable:
+    if vcpu.vm.pio_bus.may_read(port):
         data = iodev.read_ports(vcpu, port, size, count)
         if data is not None:
             return _further(vcpu, vcpu.cpu.complete_io_in(data))
@@ -501,7 +501,7 @@ def _exit_io_out(vcpu: Vcpu) -> int:
     length = size * count
     if string:
         arch.stat.insn_emulation += 1
-    if vcpu.vm.pio_bus.ranges and vcpu.vm.pio_bus.write(vcpu, port, bytes(cpu.data[:length])):
+    if vcpu.vm.pio_bus.may_write(port) and vcpu.vm.pio_bus.write(vcpu, port, bytes(cpu.data[:length])):
         return _further(vcpu, cpu.complete_io_out())
     if length == 1:
         run[PIO_DATA] = cpu.data[0]

@@ -191,3 +191,30 @@ def test_bus_limit():
     bus.ioeventfd_count = 1
     bus.register(5000, 1, None)
     assert [r.addr for r in bus.ranges] == [*range(NR_IOBUS_DEVS), 5000]
+
+
+def test_which_addresses_a_bus_covers():
+    class Doorbell:
+        taken = ()
+
+        def write(self, vcpu, addr, data):
+            self.taken = (*self.taken, addr)
+            return True
+
+        def read(self, vcpu, addr, size):
+            return bytes(size)
+
+    bus, one, two, any_size = IoBus(), Doorbell(), Doorbell(), Doorbell()
+    assert not bus.may_write(0) and not bus.may_read(0)
+    bus.register_readable(0x20, 2, one)
+    bus.register(0x22, 4, two)          # next to it
+    bus.register(0x21, 1, two)          # within it
+    bus.register(0x80, 0, any_size)
+    assert [a for a in range(0x100) if bus.may_write(a)] == [*range(0x20, 0x26), 0x80]
+    assert [a for a in range(0x100) if bus.may_read(a)] == [0x20, 0x21]
+    assert bus.write(None, 0x80, b"1234") and any_size.taken == (0x80,)
+    assert not bus.write(None, 0x81, b"1")
+    assert bus.read(None, 0x20, 1) == b"\0" and bus.read(None, 0x22, 1) is None
+    bus.unregister(one)
+    assert [a for a in range(0x100) if bus.may_write(a)] == [*range(0x21, 0x26), 0x80]
+    assert not bus.may_read(0x20)
