@@ -30,6 +30,7 @@ from kvmfs.api.vcpu_state import (  # noqa: F401 (handlers)
     get_xcrs,
     get_xsave,
     get_xsave2,
+    pre_fault_memory,
     set_debugregs,
     set_guest_debug,
     set_sregs2,

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING
 
 from kvmfs.abi.structs import KvmDebugregs, KvmGuestDebug, KvmSregs2, KvmXcrs
 from kvmfs.errors import KvmError
-from kvmfs.kvm import debugregs, guest_debug, mmu, regs, vapic, xsave
+from kvmfs.kvm import debugregs, guest_debug, mmu, pre_fault, regs, vapic, xsave
 
 if TYPE_CHECKING:
     from kvmfs.kvm.host import RequestLike
     from kvmfs.kvm.kvm_main import Vcpu
 
 _TRANSLATION = struct.Struct("<QQBBB5s")         # linear, physical address, valid, writeable, usermode, pad
+_PRE_FAULT = struct.Struct("<QQQ")                # gpa, size, flags; then 40 bytes padding
 _TPR_ACCESS = struct.Struct("<II")               # enabled, flags; then 32 bytes reserved
 
 
@@ -70,6 +71,16 @@ def set_xsave(vcpu: Vcpu, req: RequestLike) -> int:
     """KVM_SET_XSAVE.  EINVAL: a component that is not there, the compacted format, reserved bits."""
     xsave.set_xsave(vcpu, req.data)
     return 0
+
+
+def pre_fault_memory(vcpu: Vcpu, req: RequestLike) -> bytes:
+    """KVM_PRE_FAULT_MEMORY: the request with the range that is left.
+
+    Errors, in this order: EINVAL, EINTR, ENOENT no memory slot, EFAULT nothing mapped there; see pre_fault.
+    """
+    gpa, size, flags = _PRE_FAULT.unpack_from(req.data)
+    gpa, size = pre_fault.pre_fault_memory(vcpu, req, gpa, size, flags)
+    return _PRE_FAULT.pack(gpa, size, flags) + bytes(req.data[_PRE_FAULT.size:])
 
 
 def translate(vcpu: Vcpu, req: RequestLike) -> bytes:

@@ -132,6 +132,12 @@ def _max_vcpu_id(vm: Vm, argument: int) -> None:
         arch.max_vcpu_ids = argument
 
 
+def _halt_poll(vm: Vm, argument: int) -> None:
+    """The most nanoseconds that a halted vCPU may poll for: here it sleeps at once, which is within every limit."""
+    _only(argument, (1 << 32) - 1)
+    vm.arch.max_halt_poll_ns = argument
+
+
 def _manual_dirty_log_protect(vm: Vm, argument: int) -> None:
     dirty_log.set_manual_protect(vm.memslots, argument)
 
@@ -154,6 +160,7 @@ VM_CAPS: dict[int, Callable[[Vm, int], None]] = {
     K.KVM_CAP_DISABLE_QUIRKS2: _disable_quirks2,
     K.KVM_CAP_X86_TRIPLE_FAULT_EVENT: _triple_fault_event,
     K.KVM_CAP_DIRTY_LOG_RING_ACQ_REL: _dirty_ring,
+    K.KVM_CAP_HALT_POLL: _halt_poll,
     K.KVM_CAP_SPLIT_IRQCHIP: irq.enable_split_irqchip,
     K.KVM_CAP_X2APIC_API: irq.enable_x2apic_api,
     K.KVM_CAP_X86_APIC_BUS_CYCLES_NS: irq.set_apic_bus_cycle,

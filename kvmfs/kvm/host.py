@@ -7,8 +7,16 @@ worker implements them with its link to the daemon, the tests with a stand-in.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
+
+_libc = ctypes.CDLL(None)
+
+
+def current_cpu() -> int:
+    """Number of the host's CPU that this thread runs on (KVM_CAP_LAST_CPU)."""
+    return int(_libc.sched_getcpu())
 
 
 class Segment(Protocol):

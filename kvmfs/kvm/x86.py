@@ -31,6 +31,7 @@ from kvmfs.kvm import events, guest_debug, hyperv, iodev, irq, kvmclock, msr_fil
 from kvmfs.kvm.cpu_msrs import VcpuMsrs
 from kvmfs.kvm.cpuid import CpuidTable
 from kvmfs.kvm.emulate import bytes_beyond_page, prepare_emulation_failure
+from kvmfs.kvm.host import current_cpu
 from kvmfs.kvm.hyperv import HvMsrs, HvVcpu, HvVm
 from kvmfs.kvm.msrs import MsrFile
 from kvmfs.kvm.pv import PvMsrs
@@ -92,6 +93,7 @@ class VmArch:
         self.hypercall_exit_enabled = 0     # bit n: hypercall n exits
         self.exit_on_emulation_error = False
         self.msr_filter: MsrFilter | None = None
+        self.max_halt_poll_ns = 0           # KVM_CAP_HALT_POLL
         self.hlt_in_guest = False           # KVM_X86_DISABLE_EXITS_HLT
         self.clock = kvmclock.VmClock()
         self.hyperv = HvVm(vm)
@@ -366,7 +368,7 @@ def _enter_guest(vcpu: Vcpu, run: memoryview, arch: VcpuArch) -> int:
         if reason:
             cpu.cancel_injection()
             _set_reason(run, _EXIT_REASON, kx.KVM_EXIT_FAIL_ENTRY)
-            _set_fail(run, _UNION, reason, 0)
+            _set_fail(run, _UNION, reason, current_cpu())
             return 0
         arch.entry_check = False
     if run[_REQUEST_WINDOW] and (arch.apic is None or arch.apic.accepts_dm_intr()):
@@ -470,7 +472,7 @@ def _exit_svm(vcpu: Vcpu) -> int:
     run = vcpu.run
     _set_reason(run, _EXIT_REASON, kx.KVM_EXIT_INTERNAL_ERROR)
     struct.pack_into("<IIQQ", run, _UNION, kx.KVM_INTERNAL_ERROR_UNEXPECTED_EXIT_REASON, 2,
-                     vcpu.cpu.exit.code, 0)
+                     vcpu.cpu.exit.code, current_cpu())
     return 0
 
 

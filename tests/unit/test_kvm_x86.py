@@ -2,6 +2,7 @@
 """KVM_RUN, events and registers of the machine, as the ioctls show them; both vendors."""
 
 import errno
+import os
 import struct
 import threading
 import time
@@ -149,7 +150,24 @@ def test_interrupt_with_if_clear(machine):
     m.vcpu_ioctl(K.KVM_INTERRUPT, 1, struct.pack("<I", 0x21))
     assert m.run() == 0
     assert m.reason == kx.KVM_EXIT_FAIL_ENTRY
-    assert struct.unpack_from("<Q", m.run_page, 32)[0] == 0x80000021
+    reason, cpu = struct.unpack_from("<QI", m.run_page, 32)
+    assert reason == 0x80000021
+    assert cpu in os.sched_getaffinity(0)
+
+
+def test_fail_entry_tells_the_cpu(machine):
+    """KVM_CAP_LAST_CPU, on whichever the thread runs."""
+    allowed = os.sched_getaffinity(0)
+    m = machine("intel", "hlt; hlt")
+    m.run()
+    try:
+        for cpu in allowed:
+            os.sched_setaffinity(0, {cpu})
+            m.vcpu_ioctl(K.KVM_INTERRUPT, 1, struct.pack("<I", 0x21))
+            assert m.run() == 0
+            assert struct.unpack_from("<QI", m.run_page, 32) == (0x80000021, cpu)
+    finally:
+        os.sched_setaffinity(0, allowed)
 
 
 @BOTH

@@ -138,7 +138,22 @@ def pre_fault(t: Trial) -> None:
     for label, gpa, size, flags in (("flags", 0, PAGE, 1), ("size 0", 0, 0, 0), ("inside a page", 8, PAGE, 0),
                                     ("size inside a page", 0, 100, 0)):
         t.errno(label, t.ioctl(t.vcpu, name, KvmPreFaultMemory(gpa=gpa, size=size, flags=flags)), E.EINVAL)
+    t.errno("a range that wraps", t.ioctl(t.vcpu, name, KvmPreFaultMemory(gpa=(1 << 64) - PAGE, size=PAGE)), E.EINVAL)
     t.errno("no memory", t.ioctl(t.vcpu, name, KvmPreFaultMemory(size=PAGE)), E.ENOENT)
+
+
+@case("KVM_PRE_FAULT_MEMORY", VCPU, "ranges", "PRE_FAULT_MEMORY")
+def pre_fault_ranges(t: Trial) -> None:
+    """What is left is told, and an error only when nothing was done."""
+    name = "KVM_PRE_FAULT_MEMORY"
+    t.need("slot", t.slot(t.vm, 0, 2 * PAGE, t.memory(4 * PAGE)))
+    for label, gpa, size, left in (("all of it", 2, 4, 0), ("inside", 3, 1, 0), ("beyond the end", 4, 3, 1)):
+        request = KvmPreFaultMemory(gpa=gpa * PAGE, size=size * PAGE)
+        t.ok(label, t.ioctl(t.vcpu, name, request))
+        t.equal(f"{label}: what is left", (request.gpa, request.size), ((gpa + size - left) * PAGE, left * PAGE))
+    request = KvmPreFaultMemory(gpa=PAGE, size=2 * PAGE)
+    t.errno("from before the slot", t.ioctl(t.vcpu, name, request), E.ENOENT)
+    t.equal("from before the slot: what is left", (request.gpa, request.size), (PAGE, 2 * PAGE))
 
 
 @case("KVM_MEMORY_ENCRYPT_OP", VCPU, "in a plain vm")
