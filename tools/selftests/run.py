@@ -36,6 +36,7 @@ class Expectation:
     result: str                     # "pass", "skip", "host", "open" or "unlisted"
     why: str = ""
     timeout: float = TIMEOUT        # seconds
+    arguments: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ class Expectations:
         self._pass: list[str] = table["pass"]
         self._skip: dict[str, str | dict[str, str]] = table["skip"]
         self._host: dict[str, str] = table["host"]
+        self._arguments: dict[str, list[str]] = table["arguments"]
         self._open: dict[str, str] = table["open"]
         self._timeout: dict[str, float] = table["timeout"]
         self.fast: list[str] = table["fast"]
@@ -81,7 +83,7 @@ class Expectations:
         if test in self._open:
             return Expectation("open", self._open[test], timeout)
         if test in self._pass:
-            return Expectation("pass", "", timeout)
+            return Expectation("pass", "", timeout, tuple(self._arguments.get(test, ())))
         return Expectation("unlisted", "expected.toml does not name it", timeout)
 
 
@@ -112,7 +114,8 @@ def run_test(test: str, vendor: str, expectation: Expectation) -> Outcome:
     """Run one test on a private fake node."""
     log = ROOT / "build" / "selftests" / "log" / f"{test.replace('/', '-')}.{vendor}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "kvmfs_cli", "run", "--vendor", vendor, "--", str(BUILT / test)]
+    command = [sys.executable, "-m", "kvmfs_cli", "run", "--vendor", vendor, "--", str(BUILT / test),
+               *expectation.arguments]
     path = os.pathsep.join(str(ROOT / part) for part in (".", "daemon", "tools"))
     begin = time.monotonic()
     with log.open("wb") as output:
