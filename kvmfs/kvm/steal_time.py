@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from kvmfs.kvm.kvm_main import Vcpu
 
 KVM_MSR_ENABLED = 1
-RECORD_NS = 10**5               # guests look at it in their timer tick; more often is not worth the reading
+RECORD_NS = 10**6               # guests look at it in their timer tick; more often is not worth the reading
 _MAX_FILES = 256
 _HEAD = struct.Struct("<QII")   # struct kvm_steal_time: steal, version, flags
 _PREEMPTED, _SIZE = 16, 64
