@@ -15,8 +15,9 @@ from kvmd.link import Link, Message
 from kvmfs.api.faults import Faults
 from kvmfs.api.trace import Tracer
 from kvmfs.cpu.cpu import EXIT_IO_IN, EXIT_IO_OUT, EXIT_NONE, EXIT_SVM
-from kvmfs.kvm import debugfs, x86
+from kvmfs.kvm import debugfs
 from kvmfs.kvm.kvm_main import Vcpu, Vm
+from kvmfs.kvm.x86_exits import tap_exits
 
 if TYPE_CHECKING:
     from kvmfs.api.dispatch import VmDispatcher
@@ -84,13 +85,13 @@ class Window:
         link = Link(socket.socket(fileno=message.take_fds()[0]))
         tracer = self._tracers[ident] = Tracer(link.send, lambda: self._untrace(ident), self._number)
         if exits:
-            x86.tap_exits(lambda vcpu, kind: tracer.tell("exit", exit_of(vcpu, kind, self._number)))
+            tap_exits(lambda vcpu, kind: tracer.tell("exit", exit_of(vcpu, kind, self._number)))
             self._tracers.pop(ident)
         else:
             self._tap()
 
     def _untrace(self, ident: int) -> None:
-        x86.tap_exits(None)
+        tap_exits(None)
         if self._tracers.pop(ident, None) is not None:
             self._tap()
 

@@ -12,34 +12,23 @@ import struct
 import threading
 from collections import deque
 from functools import partial
-from typing import TYPE_CHECKING, Final, TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 from kvmfs.abi import exits as kx
-from kvmfs.abi.flags import KVM_X86_QUIRK_MISC_ENABLE_NO_MWAIT, KVM_X86_QUIRK_OUT_7E_INC_RIP
+from kvmfs.abi.flags import KVM_X86_QUIRK_MISC_ENABLE_NO_MWAIT
 from kvmfs.abi.x86 import CR4_OSXSAVE, KVM_MAX_VCPU_IDS
-from kvmfs.cpu.cpu import (
-    EXIT_FETCH,
-    EXIT_IO_IN,
-    EXIT_IO_OUT,
-    EXIT_MMIO_READ,
-    EXIT_MMIO_WRITE,
-    EXIT_NONE,
-    EXIT_SVM,
-)
 from kvmfs.errors import KvmError
-from kvmfs.kvm import events, guest_debug, hyperv, iodev, irq, kvmclock, msr_filter, pv_eoi, sync_regs, vapic
+from kvmfs.kvm import events, guest_debug, hyperv, irq, kvmclock, msr_filter, pv_eoi, sync_regs, vapic
 from kvmfs.kvm.cpu_msrs import VcpuMsrs
 from kvmfs.kvm.cpuid import CpuidTable
-from kvmfs.kvm.emulate import bytes_beyond_page, prepare_emulation_failure
 from kvmfs.kvm.host import current_cpu
 from kvmfs.kvm.hyperv import HvMsrs, HvVcpu, HvVm
 from kvmfs.kvm.msrs import MsrFile
 from kvmfs.kvm.pv import PvMsrs
 from kvmfs.kvm.pv_eoi import PvEoi
-from kvmfs.kvm.regs import linear_rip
 from kvmfs.kvm.stats import VcpuStat
 from kvmfs.kvm.steal_time import StealTime, record_steal_time
-from kvmfs.vendor.handle_exit import EXIT_HANDLERS
+from kvmfs.kvm.x86_exits import EXIT_REASON, HANDLERS, UNION, complete_io_out, set_reason
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -55,15 +44,10 @@ APIC_BASE_RESET = 0xFEE00000 | 1 << 11
 SIGSET_POLL = 0.002             # seconds between looks at a client's blocked signals
 
 # Offsets in struct kvm_run.
-_REQUEST_WINDOW, _EXIT_REASON, _READY = 0, 8, 12
-_UNION, _MMIO_DATA, _VALID_REGS, PIO_DATA = 32, 40, 288, 4096
-_set_reason = struct.Struct("<I").pack_into
+_REQUEST_WINDOW, _READY, _VALID_REGS = 0, 12, 288
 _set_saved = struct.Struct("<BBHQQ").pack_into          # from _READY: ready, if_flag, flags, cr8, apic_base
 # request_interrupt_window, immediate_exit; cr8; kvm_valid_regs, kvm_dirty_regs
 _get_request = struct.Struct("<BB14xQ264xQQ").unpack_from
-# From _EXIT_REASON: exit_reason; direction, size, port, count, data_offset.  What is between them _post_run_save fills.
-_set_io_exit = struct.Struct("<I20xBBHIQ").pack_into
-_set_mmio = struct.Struct("<Q8sIB").pack_into           # phys_addr, data, len, is_write
 _set_fail = struct.Struct("<QI").pack_into              # hardware_entry_failure_reason, cpu
 
 
@@ -289,7 +273,7 @@ def _run(vcpu: Vcpu, req: RequestLike) -> int:
     if complete is not None:
         arch.complete_userspace_io = None
         # Entering the guest completes an OUT, too: only who does not go there needs a call of its own.
-        if complete is not _complete_io_out or arch.pio_linear_rip is not None or not wants_to_run:
+        if complete is not complete_io_out or arch.pio_linear_rip is not None or not wants_to_run:
             result = complete(vcpu)
             arch.pio_linear_rip = None
             if result <= 0:
@@ -310,10 +294,10 @@ def _vcpu_run(vcpu: Vcpu, req: RequestLike) -> int:
     apic = arch.apic
     if apic is not None:
         stop, enter = partial(_must_stop, vcpu, req), partial(_enter_guest, vcpu, run, arch)
-    _set_reason(run, _EXIT_REASON, kx.KVM_EXIT_UNKNOWN)
+    set_reason(run, EXIT_REASON, kx.KVM_EXIT_UNKNOWN)
     while True:
         if req.interrupted and signal_pending(vcpu, req):
-            _set_reason(run, _EXIT_REASON, kx.KVM_EXIT_INTR)
+            set_reason(run, EXIT_REASON, kx.KVM_EXIT_INTR)
             arch.stat.signal_exits += 1
             return -errno.EINTR
         result = (_enter_guest(vcpu, run, arch) if apic is None
@@ -321,7 +305,7 @@ def _vcpu_run(vcpu: Vcpu, req: RequestLike) -> int:
         if result <= 0:
             return result
         if run[_REQUEST_WINDOW] and events.ready_for_interrupt_injection(vcpu):
-            _set_reason(run, _EXIT_REASON, kx.KVM_EXIT_IRQ_WINDOW_OPEN)
+            set_reason(run, EXIT_REASON, kx.KVM_EXIT_IRQ_WINDOW_OPEN)
             arch.stat.request_irq_exits += 1
             return 0
         if vcpu.vm.dead:
@@ -350,11 +334,11 @@ def _enter_guest(vcpu: Vcpu, run: memoryview, arch: VcpuArch) -> int:
     """``vcpu_enter_guest``."""
     cpu = vcpu.cpu
     if vcpu.dirty_ring is not None and vcpu.dirty_ring.soft_full():
-        _set_reason(run, _EXIT_REASON, kx.KVM_EXIT_DIRTY_RING_FULL)
+        set_reason(run, EXIT_REASON, kx.KVM_EXIT_DIRTY_RING_FULL)
         return 0
     if arch.triple_fault:
         arch.triple_fault = False
-        _set_reason(run, _EXIT_REASON, kx.KVM_EXIT_SHUTDOWN)
+        set_reason(run, EXIT_REASON, kx.KVM_EXIT_SHUTDOWN)
         return 0
     if arch.requests and process_requests(vcpu):
         return 0
@@ -367,8 +351,8 @@ def _enter_guest(vcpu: Vcpu, run: memoryview, arch: VcpuArch) -> int:
         reason = vcpu.vm.vendor.entry_failure(vcpu)
         if reason:
             cpu.cancel_injection()
-            _set_reason(run, _EXIT_REASON, kx.KVM_EXIT_FAIL_ENTRY)
-            _set_fail(run, _UNION, reason, current_cpu())
+            set_reason(run, EXIT_REASON, kx.KVM_EXIT_FAIL_ENTRY)
+            _set_fail(run, UNION, reason, current_cpu())
             return 0
         arch.entry_check = False
     if run[_REQUEST_WINDOW] and (arch.apic is None or arch.apic.accepts_dm_intr()):
@@ -383,7 +367,7 @@ def _enter_guest(vcpu: Vcpu, run: memoryview, arch: VcpuArch) -> int:
         events.complete_events(vcpu)
     if arch.apic_attention:
         vapic.sync_from_guest(vcpu)
-    return _HANDLERS[kind](vcpu)
+    return HANDLERS[kind](vcpu)
 
 
 def process_requests(vcpu: Vcpu) -> bool:
@@ -455,181 +439,3 @@ class _SigsetWatch:
                 self._vcpu.kick()
             if self._done.wait(SIGSET_POLL):
                 return
-
-
-# ---- exits -----------------------------------------------------------------------------------------------
-
-def _exit_none(vcpu: Vcpu) -> int:
-    if vcpu.arch.steal_time.msr:            # perhaps the guest's tick comes, in which it looks
-        vcpu.request_work(record_steal_time)
-    return 1
-
-
-def _exit_svm(vcpu: Vcpu) -> int:
-    handler = EXIT_HANDLERS.get(vcpu.cpu.exit.code)
-    if handler is not None:
-        return handler(vcpu)
-    run = vcpu.run
-    _set_reason(run, _EXIT_REASON, kx.KVM_EXIT_INTERNAL_ERROR)
-    struct.pack_into("<IIQQ", run, _UNION, kx.KVM_INTERNAL_ERROR_UNEXPECTED_EXIT_REASON, 2,
-                     vcpu.cpu.exit.code, current_cpu())
-    return 0
-
-
-def _exit_io_in(vcpu: Vcpu) -> int:
-    port, size, count, string = vcpu.cpu.io_exit()
-    if string:
-        vcpu.arch.stat.insn_emulation += 1
-    if vcpu.vm.pio_bus.may_read(port):
-        data = iodev.read_ports(vcpu, port, size, count)
-        if data is not None:
-            return _further(vcpu, vcpu.cpu.complete_io_in(data))
-    _set_io_exit(vcpu.run, _EXIT_REASON, kx.KVM_EXIT_IO, kx.KVM_EXIT_IO_IN, size, port, count, PIO_DATA)
-    vcpu.arch.complete_userspace_io = _complete_io_in
-    return 0
-
-
-def _complete_io_in(vcpu: Vcpu) -> int:
-    cpu = vcpu.cpu
-    e = cpu.exit
-    if _moved(vcpu):
-        return 1
-    return _further(vcpu, cpu.complete_io_in(vcpu.run[PIO_DATA:PIO_DATA + e.size * e.count]))
-
-
-def _exit_io_out(vcpu: Vcpu) -> int:
-    cpu, run, arch = vcpu.cpu, vcpu.run, vcpu.arch
-    port, size, count, string = cpu.io_exit()
-    length = size * count
-    if string:
-        arch.stat.insn_emulation += 1
-    if vcpu.vm.pio_bus.may_write(port) and vcpu.vm.pio_bus.write(vcpu, port, bytes(cpu.data[:length])):
-        return _further(vcpu, cpu.complete_io_out())
-    if length == 1:
-        run[PIO_DATA] = cpu.data[0]
-    else:
-        run[PIO_DATA:PIO_DATA + length] = cpu.data[:length]
-    _set_io_exit(run, _EXIT_REASON, kx.KVM_EXIT_IO, kx.KVM_EXIT_IO_OUT, size, port, count, PIO_DATA)
-    if port == 0x7E and not string and not vcpu.vm.arch.disabled_quirks & KVM_X86_QUIRK_OUT_7E_INC_RIP:
-        cpu.complete_io_out()                       # clients of old count on it: the guest is past the instruction
-        return 0
-    arch.complete_userspace_io = _complete_io_out
-    return 0
-
-
-def _complete_io_out(vcpu: Vcpu) -> int:
-    return 1 if _moved(vcpu) else _further(vcpu, vcpu.cpu.complete_io_out())
-
-
-def _moved(vcpu: Vcpu) -> bool:
-    """Has the client moved the guest away from its IN or OUT?  Then that is not stepped over."""
-    before, vcpu.arch.pio_linear_rip = vcpu.arch.pio_linear_rip, None
-    if before is None or before == linear_rip(vcpu):
-        return False
-    vcpu.cpu.forget_io()
-    return True
-
-
-def _exit_mmio_read(vcpu: Vcpu) -> int:
-    e, run, arch = vcpu.cpu.exit, vcpu.run, vcpu.arch
-    slot = vcpu.vm.memslots.find(e.gpa)
-    if slot is not None:
-        vcpu.cpu.forget_io()
-        # A slot that comes or goes at this moment: the guest looks again.  Or one whose memory the client has not mapped.
-        return 1 if slot.backed(e.gpa) else -errno.EFAULT
-    if arch.apic is not None or vcpu.vm.mmio_bus.readable:
-        data = iodev.read_mmio(vcpu, e.gpa, e.size)
-        if data is not None:
-            return _further(vcpu, vcpu.cpu.complete_mmio_read(data))
-    size = bytes_beyond_page(vcpu, e.size) if e.info1 else e.size
-    _set_reason(run, _EXIT_REASON, kx.KVM_EXIT_MMIO)
-    _set_mmio(run, _UNION, e.gpa, bytes(8), size, 0)
-    arch.complete_userspace_io = _complete_mmio_read
-    arch.stat.mmio_exits += 1
-    return 0
-
-
-def _complete_mmio_read(vcpu: Vcpu) -> int:
-    cpu, slots = vcpu.cpu, vcpu.vm.memslots
-    data = vcpu.run[_MMIO_DATA:_MMIO_DATA + cpu.exit.size]
-    slot = slots.find(cpu.exit.gpa)
-    if slot is None:
-        return _next_round(vcpu, cpu.complete_mmio_read(data))
-    # A slot came while the client answered; the answer counts, not what is in the slot.
-    with slots.hidden(slot):
-        kind = cpu.complete_mmio_read(data)
-    return _next_round(vcpu, kind)
-
-
-def _exit_mmio_write(vcpu: Vcpu) -> int:
-    cpu, run, arch = vcpu.cpu, vcpu.run, vcpu.arch
-    e = cpu.exit
-    slot = vcpu.vm.memslots.find(e.gpa)
-    data = bytes(cpu.data[:e.size])
-    if slot is not None and not slot.readonly:
-        if slot.backed(e.gpa, write=True):      # it has come since the guest stored there, or is about to go
-            vcpu.vm.memslots.write(e.gpa, data)
-            vcpu.vm.engine.invalidate(e.gpa, e.size)
-            return _next_fragment(vcpu)
-        cpu.forget_io()
-        return -errno.EFAULT
-    if (arch.apic is not None and arch.apic.write(vcpu, e.gpa, data)) or (
-            vcpu.vm.mmio_bus.ranges and vcpu.vm.mmio_bus.write(vcpu, e.gpa, data)):
-        return _next_fragment(vcpu)
-    _set_reason(run, _EXIT_REASON, kx.KVM_EXIT_MMIO)
-    _set_mmio(run, _UNION, e.gpa, data, e.size, 1)
-    arch.complete_userspace_io = _next_fragment
-    arch.stat.mmio_exits += 1
-    return 0
-
-
-def _next_round(vcpu: Vcpu, kind: int) -> int:
-    stat = vcpu.arch.stat
-    if kind == EXIT_MMIO_READ:
-        stat.mmio_exits -= 1                    # a further part of one access is no exit of its own
-    elif kind == EXIT_MMIO_WRITE:
-        stat.insn_emulation += 1                # KVM emulates a read-modify-write a second time
-    return _further(vcpu, kind)
-
-
-def _next_fragment(vcpu: Vcpu) -> int:
-    kind = vcpu.cpu.complete()
-    if kind == EXIT_MMIO_WRITE:
-        vcpu.arch.stat.mmio_exits -= 1
-    return _further(vcpu, kind)
-
-
-def _further(vcpu: Vcpu, kind: int) -> int:
-    """A completed access may be followed by another one of the same instruction."""
-    return _HANDLERS[kind](vcpu) if kind else 1
-
-
-def _exit_fetch(vcpu: Vcpu) -> int:
-    gpa = vcpu.cpu.exit.gpa
-    slot = vcpu.vm.memslots.find(gpa)
-    if slot is not None and slot.backed(gpa):
-        return 1                                # a slot that has come since
-    return prepare_emulation_failure(vcpu)
-
-
-def tap_exits(tap: Callable[[Vcpu, int], None] | None) -> None:
-    """From now on ``tap`` is told of every exit of this process's guests, by its kind, before it is handled; None: no more."""
-    for kind, handler in _PLAIN_HANDLERS.items():
-        _HANDLERS[kind] = handler if tap is None else partial(_tapped_exit, tap, kind, handler)
-
-
-def _tapped_exit(tap: Callable[[Vcpu, int], None], kind: int, handler: Callable[[Vcpu], int], vcpu: Vcpu) -> int:
-    tap(vcpu, kind)
-    return handler(vcpu)
-
-
-_PLAIN_HANDLERS: Final[dict[int, Callable[[Vcpu], int]]] = {
-    EXIT_NONE: _exit_none,
-    EXIT_SVM: _exit_svm,
-    EXIT_IO_IN: _exit_io_in,
-    EXIT_IO_OUT: _exit_io_out,
-    EXIT_MMIO_READ: _exit_mmio_read,
-    EXIT_MMIO_WRITE: _exit_mmio_write,
-    EXIT_FETCH: _exit_fetch,
-}
-_HANDLERS = dict(_PLAIN_HANDLERS)
