@@ -13,7 +13,7 @@ from typing import Any
 
 from unicorn import UC_ARCH_X86, UC_MODE_64
 from unicorn.unicorn_py3 import unicorn
-from unicorn.x86_const import UC_CPU_X86_EPYC, UC_X86_INS_IN, UC_X86_INS_OUT, UC_X86_INS_SYSCALL
+from unicorn.x86_const import UC_CPU_X86_EPYC, UC_X86_INS_IN, UC_X86_INS_OUT, UC_X86_INS_SYSCALL, UC_X86_INS_SYSENTER
 
 from kvmfs.cpu.cpu import Cpu
 from kvmfs.cpu.layout import UNICORN_VERSION, LayoutError, load
@@ -52,7 +52,7 @@ class Engine:
         self._uc.ctl_exits_enabled(True)
         self._uc.reg_read(1)  # makes Unicorn build its CPU
         handle = self._uc._uch.value
-        insns = (ctypes.c_int * 3)(UC_X86_INS_SYSCALL, UC_X86_INS_IN, UC_X86_INS_OUT)
+        insns = (ctypes.c_int * 4)(UC_X86_INS_SYSCALL, UC_X86_INS_SYSENTER, UC_X86_INS_IN, UC_X86_INS_OUT)
         out = ctypes.c_void_p()
         error = self._lib.nv_engine_new(_LIBRARY.encode(), handle, insns, ctypes.byref(out))
         if error == 1:
@@ -120,6 +120,10 @@ class Engine:
         page = gpa >> 12
         byte: int = ctypes.c_uint8.from_address(self._lib.nv_code_pages(self._engine) + (page >> 3)).value
         return bool(byte >> (page & 7) & 1)
+
+    def long_mode_sysenter(self) -> None:
+        """SYSENTER and SYSEXIT are known in long mode, too (SDM; on AMD's CPUs they are not). Before the first vCPU runs."""
+        self._lib.nv_long_mode_sysenter(self._engine)
 
     def create_cpu(self, index: int) -> Cpu:
         """A vCPU in reset state. The second one of an engine moves all state out of Unicorn while no vCPU runs."""

@@ -103,18 +103,43 @@ static void h_intr(void *uc, u32 no, void *user) {
     deliver(v, no, soft);
 }
 
+// The instruction that Unicorn calls back for does not end; an exception without an error code, or with 0, comes of it.
+static _Noreturn void fault(Engine *e, int index) {
+    F(int32_t, C_EXC_INDEX) = index;
+    F(int32_t, ERROR_CODE) = F(int32_t, IS_INT) = 0;
+    F(u32, C_CAN_DO_IO) = 1;
+    int n = UC(int, UC_NESTED_LEVEL);
+    siglongjmp(*(sigjmp_buf *)(e->uc + UC_JMP_BUFS + UC_JMP_BUF_SIZE * (n - 1)), 1);
+}
+
+// Unicorn leaves all of SYSENTER to this, but #GP in real mode and #UD in AMD's 64-bit code.
+static void h_sysenter(void *uc, void *user) {
+    (void)uc;
+    (void)user;
+    Engine *e = cur->e;
+    u32 cs = F(u32, SYSENTER_CS) & 0xfffc, hf = F(u32, HFLAGS), lma = hf & HF_LMA;
+    if (lma && F(u32, CPUID_VENDOR) != VENDOR_INTEL) fault(e, EXCP_VMEXIT + 0x46);
+    if (!cs) fault(e, 13);
+    int length = prefix_length(e, e->env) + 2; // added afterwards
+    u64 mask = lma ? ~0ull : 0xffffffff;
+    Seg *s = &F(Seg, SEGS);
+    s[1] = (Seg){cs, 0, 0, 0xffffffff, lma ? 0x00a09b00 : 0x00c09b00};
+    s[2] = (Seg){cs + 8, 0, 0, 0xffffffff, 0x00c09300};
+    F(u64, EIP) = (F(u64, SYSENTER_EIP) & mask) - length;
+    REGS(e->env)[4] = F(u64, SYSENTER_ESP) & mask;
+    hf = (hf & ~(HF_CPL | HF_VM | HF_ADDSEG | HF_CS64)) | HF_CS32 | HF_SS32;
+    if (lma) hf |= HF_CS64;
+    else if (s[0].base || s[3].base) hf |= HF_ADDSEG;
+    F(u32, HFLAGS) = hf;
+    F(u64, EFLAGS) &= ~(u64)(FL_IF | FL_VM | FL_RF);
+}
+
 static void h_syscall(void *uc, void *user) {
     (void)user;
     Vcpu *v = cur;
     Engine *e = v->e;
     u64 fl = 0, eip = F(u64, EIP), nf, *regs = REGS(e->env), star = F(u64, STAR);
-    if (!(F(u64, EFER) & 1)) {
-        F(int32_t, C_EXC_INDEX) = EXCP_VMEXIT + 0x46; // #UD as if intercepted
-        F(int32_t, ERROR_CODE) = F(int32_t, IS_INT) = 0;
-        F(u32, C_CAN_DO_IO) = 1;
-        int n = UC(int, UC_NESTED_LEVEL);
-        siglongjmp(*(sigjmp_buf *)(e->uc + UC_JMP_BUFS + UC_JMP_BUF_SIZE * (n - 1)), 1);
-    }
+    if (!(F(u64, EFER) & 1)) fault(e, EXCP_VMEXIT + 0x46); // #UD as if intercepted
     mask_flags(e);
     p_reg_read(uc, 25, &fl); // UC_X86_REG_EFLAGS
     u32 sel = (star >> 32) & 0xfffc, hf = F(u32, HFLAGS);

@@ -230,6 +230,7 @@ def load() -> ctypes.CDLL:
     prototypes: dict[str, tuple[type | None, tuple[type, ...]]] = {
         "nv_engine_new": (i32, (ctypes.c_char_p, ptr, ptr, ptr)),
         "nv_engine_close": (None, (ptr,)),
+        "nv_long_mode_sysenter": (None, (ptr,)),
         "nv_cpu_new": (ptr, (ptr,)),
         "nv_map": (i32, (ptr, u64, u64, ptr, i32, u64, u64)),
         "nv_unmap": (i32, (ptr, u64)),

@@ -16,10 +16,13 @@ typedef uint64_t u64;
 
 enum { // CPUX86State, from env
     EIP = 128, EFLAGS = 136, CC_SRC = 152, CC_OP = 168, DF_ = 172, HFLAGS = 176, HFLAGS2 = 180, SEGS = 184,
+    SYSENTER_CS = 4800, SYSENTER_ESP = 4808, SYSENTER_EIP = 4816,
     TR = 352, IDT = 400, CR = 424, EFER = 592, FPSTT = 604, FPUS = 608, FPUC = 610, FPTAGS = 612, FPREGS = 624,
     FPOP = 752, FPIP = 760, FPDP = 768, MXCSR = 816, XMM = 824, STAR = 4824, LSTAR = 4840, CSTAR = 4848,
     FMASK = 4856, ERROR_CODE = 5384, IS_INT = 5388, NEXT_EIP = 5392, DR = 5400, OLD_EXCEPTION = 5496,
     VM_VMCB = 5504, INTERCEPT = 5520, ICEPT_EXC = 5536, STATE_SIZE = 5568,
+    CPUID_VENDOR = 5616,     // its first four letters, by which the translator knows SYSENTER and SYSEXIT in 64-bit code
+    XSAVE_FEATURES = 5784,   // features[FEAT_XSAVE]
     XSAVE_COMPONENTS = 5800, // features[FEAT_XSAVE_COMP_LO]: what XSETBV lets into XCR0
     // CPUState, from env
     C_CPU = -35408, C_EXIT_REQUEST = -35387, C_CFLAGS_NEXT = -35384, C_IRQ = -35380, C_ENV_PTR = -35112,
@@ -35,11 +38,13 @@ enum { // CPUX86State, from env
     // MemoryRegion
     MR_PERMS = 136,
 };
-enum { HF_CPL = 3, HF_INHIBIT = 8, HF_CS32 = 1 << 4, HF_PE = 1 << 7, HF_LMA = 1 << 14, HF_CS64 = 1 << 15 };
+enum { HF_CPL = 3, HF_INHIBIT = 8, HF_CS32 = 1 << 4, HF_SS32 = 1 << 5, HF_ADDSEG = 1 << 6, HF_VM = 1 << 17, HF_PE = 1 << 7, HF_LMA = 1 << 14, HF_CS64 = 1 << 15 };
 enum { FL_TF = 0x100, FL_IF = 0x200, FL_DF = 0x400, FL_IOPL = 0x3000, FL_RF = 0x10000, FL_VM = 0x20000 };
 enum { IRQ_VIRQ = 0x100, IRQ_NMI = 0x200, IRQ_OURS = 0x10000 }; // the last is no bit of QEMU's
 enum { ICPT_VINTR = 1 << 4 };
 enum { VMCB_INT_VECTOR = 0x64, VMCB_INFO2 = 0x80 };
+enum { VENDOR_AMD = 0x68747541, VENDOR_INTEL = 0x756e6547 };
+enum { XSAVE_XGETBV1 = 4 };
 enum { EXCP_INTERRUPT = 0x10000, EXCP_VMEXIT = 0x100 };
 enum { TLB_INVALID = 1 << 11, TLB_MMIO_BIT = 1 << 9 };
 

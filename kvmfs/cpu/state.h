@@ -40,6 +40,7 @@ static int check_layout(Engine *e, const char *path) {
     for (size_t i = 0; i < sizeof slot / sizeof *slot; i++)
         if (*(void **)(e->cc + slot[i].at) != dlsym(lib, slot[i].name)) return 1;
     if (F(u64, XSAVE_COMPONENTS) != 7) return 1; // x87, SSE, AVX: those of the model
+    if (F(u32, CPUID_VENDOR) != VENDOR_AMD || !(F(u64, XSAVE_FEATURES) & XSAVE_XGETBV1)) return 1;
     if (UC(void *, UC_MEMORY_MAPPING) != dlsym(lib, "find_memory_mapping_x86_64")) return 1;
     for (int m = 0; m < 3; m++) {
         TlbFast *f = &F(TlbFast, TLB_FAST + 16 * m);
@@ -66,7 +67,7 @@ static int open_window(Engine *e) {
     return 0;
 }
 
-// insns: Unicorn's numbers of SYSCALL, IN, OUT. 0; 1 another layout, 2 out of memory, 3 refused by Unicorn.
+// insns: Unicorn's numbers of SYSCALL, SYSENTER, IN, OUT. 0; 1 another layout, 2 out of memory, 3 refused by Unicorn.
 int nv_engine_new(const char *path, char *uc, const int *insns, Engine **out) {
     if (load_symbols(path)) return 1;
     Engine *e = calloc(1, sizeof *e);
@@ -95,10 +96,11 @@ int nv_engine_new(const char *path, char *uc, const int *insns, Engine **out) {
     if (i == MAX_CPUS) return 2;
     engines[i] = e;
     F(u64, XSAVE_COMPONENTS) = 3; // no AVX: guests see none
+    F(u64, XSAVE_FEATURES) &= ~(u64)XSAVE_XGETBV1;
     UC(u8, UC_NO_EXIT_REQUEST) = 1; // a stop inside an instruction, after its access, would run it twice
-    void *f[] = {(void *)h_syscall, (void *)h_in, (void *)h_out}; // SYSCALL first: a pending stop breaks the loop
+    void *f[] = {(void *)h_syscall, (void *)h_sysenter, (void *)h_in, (void *)h_out}; // those first: a pending stop breaks the loop
     size_t id;
-    for (int k = 0; k < 3; k++)
+    for (int k = 0; k < 4; k++)
         if (p_hook_add(uc, &id, HOOK_INSN, f[k], NULL, (u64)1, (u64)0, insns[k])) return 3;
     if (p_hook_add(uc, &id, HOOK_INTR, (void *)h_intr, NULL, (u64)1, (u64)0)) return 3;
     if (p_hook_add(uc, &id, HOOK_EDGE_GENERATED, (void *)h_translated, e, (u64)1, (u64)0)) return 3;
@@ -112,6 +114,9 @@ int nv_engine_new(const char *path, char *uc, const int *insns, Engine **out) {
     *out = e;
     return 0;
 }
+
+// SYSENTER and SYSEXIT are known in long mode, as on Intel's CPUs.
+void nv_long_mode_sysenter(Engine *e) { F(u32, CPUID_VENDOR) = VENDOR_INTEL; }
 
 Vcpu *nv_cpu_new(Engine *e) {
     Vcpu *v = calloc(1, sizeof *v);

@@ -136,7 +136,9 @@ def _write_cr(vcpu: Vcpu) -> int:
         value = cpu.gpr(op.modrm & 7 | (op.rex & 1) << 3)
         if not regs.is_64_bit_mode(vcpu):
             value &= M32
-        if cr in (8, 0) and 0xF0 in code[:op.prefix_length]:
+        if 0xF0 in code[:op.prefix_length]:
+            if cr or vcpu.vm.vendor.name != "amd":
+                return _undefined(vcpu)
             cr = 8                                                      # LOCK MOV CR0: AMD's CR8 in 32-bit code
         ok, length = _SET_CR[cr](vcpu, value), op.prefix_length + 3
         if ok and cr == 8:

@@ -61,6 +61,11 @@ class Vmx(KvmX86Ops):
         M.MSR_IA32_SYSENTER_CS, M.MSR_IA32_SYSENTER_ESP, M.MSR_IA32_SYSENTER_EIP,
     )
 
+    def vcpu_create(self, vcpu: Vcpu) -> None:
+        """Only Intel's CPUs know SYSENTER in long mode."""
+        super().vcpu_create(vcpu)
+        vcpu.vm.engine.long_mode_sysenter()
+
     def vcpu_reset(self, vcpu: Vcpu, init_event: bool) -> None:
         """SDM vol. 3, table 10-1."""
         cpu = vcpu.cpu

@@ -39,6 +39,14 @@ READS = [
     ("push qword ptr [rbx]; pop rax", 8, 0, 0x0807060504030281),
     ("xlatb", 1, 0, 0x81),
     ("movbe eax,[rbx]", 4, 0, 0x81020304),
+    ("movbe ax,[rbx]", 2, 0, 0x8102),
+    ("movbe rax,[rbx]", 8, 0, 0x8102030405060708),
+    ("movsx eax,word ptr [rbx]", 2, 0, 0x281),
+    ("pinsrb xmm0,[rbx],0; movd eax,xmm0; and eax,0xff", 1, 0, 0x81),
+    ("cmovc eax,[rbx]", 4, 7, 7),
+    ("popcnt eax,[rbx]", 4, 0, 6),
+    ("cvtsi2sd xmm0,dword ptr [rbx]; cvttsd2si eax,xmm0", 4, 0, 0x04030281),
+    ("andn eax,eax,[rbx]", 4, 0x81, 0x04030200),
 ]
 
 
@@ -63,6 +71,11 @@ WRITES = [
     ("push rax; pop qword ptr [rbx]", 8, 0x8877665544332211),
     ("sete [rbx]", 1, 0),
     ("movbe [rbx],eax", 4, 0x11223344),
+    ("movbe [rbx],ax", 2, 0x1122),
+    ("movbe [rbx],rax", 8, 0x1122334455667788),
+    ("movd xmm0,eax; movss [rbx],xmm0", 4, 0x44332211),
+    ("movq xmm0,rax; movhlps xmm1,xmm0; movlpd [rbx],xmm0", 8, 0x8877665544332211),
+    ("movd xmm0,eax; pextrb [rbx],xmm0,1", 1, 0x22),
 ]
 
 
@@ -88,6 +101,12 @@ RMW = [
     ("shl word ptr [rbx],4", 2, 0, 0x2810),
     ("mov ecx,0x55; cmpxchg [rbx],ecx", 4, 0x04030281, 0x55),
     ("mov ecx,0x55; lock cmpxchg [rbx],cl", 1, 0x81, 0x55),
+    ("mov ecx,0x55; lock cmpxchg [rbx],ecx", 4, 1, 0x04030281),
+    ("lock neg dword ptr [rbx]", 4, 0, -0x04030281),
+    ("stc; lock adc [rbx],eax", 4, 1, 0x04030283),
+    ("lock sub qword ptr [rbx],1", 8, 0, 0x0807060504030280),
+    ("rol byte ptr [rbx],1", 1, 0, 0x03),
+    ("xor edx,edx; mov eax,1; lock cmpxchg8b [rbx]", 8, 0, 0x0807060504030281),
 ]
 
 

@@ -53,6 +53,8 @@ FINE = {                                        # → eax
     "tables": (f"sgdt [{DATA}]; sidt [{DATA + 8}]; movzx eax, word ptr [{DATA}]", 31),
     "debug register 4": ("mov eax, dr4", 0xFFFF0FF0),
     # Prefixes that mean nothing count as bytes of the instruction.
+    "sysenter": ("xor edx, edx; mov ecx, 0x174; mov eax, 8; wrmsr; inc ecx; mov eax, 0x6000; wrmsr; inc ecx\n"
+                 "mov eax, offset past; wrmsr; .byte 0x3e; sysenter; hlt; past: mov eax, esp; add eax, 2", 0x6002),
     "prefixed cpuid": ("xor eax, eax; .byte 0x66, 0x3e; cpuid; mov eax, 5", 5),
     "prefixed wbinvd": ("mov eax, 5; .byte 0xf3; wbinvd", 5),
     "prefixed rdmsr": ("mov ecx, 0x1b; .byte 0x3e; rdmsr; and eax, 0x800", 0x800),
@@ -65,6 +67,7 @@ FAULTS = {
     "idiv": ("mov eax, 0x80000000; cdq; mov ebx, -1; idiv ebx", DE),
     "rdpmc": ("xor ecx, ecx; rdpmc", GP), "xsetbv": (SSE + "xor ecx, ecx; xor edx, edx; mov eax, 2; xsetbv", GP),
     "16 bytes": (".byte " + "0x66, " * 15 + "0x90", GP),
+    "xgetbv 1": (SSE + "mov ecx, 1; xgetbv", GP), "sysenter": ("mov ecx, 0x174; xor edx, edx; mov eax, 3; wrmsr; sysenter", GP),
     "sysexit": ("xor eax, eax; mov ecx, 0x174; xor edx, edx; wrmsr; sysexit", GP),
     **{name: (code, UD) for name, code in {
         "ud2": "ud2", "ud1": ".byte 0x0f, 0xb9, 0xc0", "ud0": ".byte 0x0f, 0xff, 0xc0", "0f 04": ".byte 0x0f, 0x04",
