@@ -6,32 +6,14 @@ import errno
 import os
 import select
 import time
-from dataclasses import dataclass
 from typing import Final, Self
 
+from kvmfs.client.maps import Vma, read_vmas
 from kvmfs.client.memory import ClientMemory, open_memory
 from kvmfs.client.syscalls import SYS_PIDFD_GETFD, SYS_PIDFD_OPEN, syscall
 
 PIDFD_THREAD: Final = os.O_EXCL  # 6.9: the pidfd of one thread, not of its group
 _OWNED_FOR: Final = 1.0  # seconds that a thread id is trusted; ids are not reused within that
-
-
-@dataclass(frozen=True, slots=True)
-class Vma:
-    """One line of /proc/PID/maps; `start`, `end` and `offset` in bytes, `dev` as os.makedev gives it."""
-
-    start: int
-    end: int
-    perms: str
-    offset: int
-    dev: int
-    inode: int
-    path: str
-
-    @property
-    def shared(self) -> bool:
-        """Whether the mapping is MAP_SHARED."""
-        return self.perms[3] == "s"
 
 
 def status_field(tid: int, name: str) -> str | None:
@@ -183,20 +165,11 @@ class Process:
 
     def vmas(self, lo: int = 0, hi: int = 1 << 64) -> list[Vma]:
         """The mappings that overlap [lo, hi), in address order, not clipped. OSError ESRCH."""
-        found = []
         try:
             with open(self.proc("maps"), "rb") as f:
-                for line in f:
-                    bounds = line[: line.index(b" ")]
-                    start, _, end = bounds.partition(b"-")
-                    if int(end, 16) <= lo:
-                        continue
-                    if int(start, 16) >= hi:
-                        break
-                    found.append(_parse_vma(line))
+                return read_vmas(f, lo, hi)
         except (FileNotFoundError, ProcessLookupError):
             raise ProcessLookupError(errno.ESRCH, f"process {self.tgid} is gone") from None
-        return found
 
     def tracer(self, tid: int | None = None) -> int:
         """The thread id that traces `tid` (default: the thread this object was made from), 0 for none."""
@@ -214,18 +187,3 @@ class Process:
                 with contextlib.suppress(OSError):
                     os.close(fd)
         self.pidfd = self._task_fd = -1
-
-
-def _parse_vma(line: bytes) -> Vma:
-    fields = line.rstrip(b"\n").split(None, 5)
-    start, _, end = fields[0].partition(b"-")
-    major, _, minor = fields[3].partition(b":")
-    return Vma(
-        start=int(start, 16),
-        end=int(end, 16),
-        perms=fields[1].decode(),
-        offset=int(fields[2], 16),
-        dev=os.makedev(int(major, 16), int(minor, 16)),
-        inode=int(fields[4]),
-        path=os.fsdecode(fields[5]) if len(fields) > 5 else "",
-    )

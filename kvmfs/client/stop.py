@@ -89,6 +89,8 @@ class StoppedProcess:
         self._tracer = threading.Thread(target=self._trace, name=f"stop-{process.tgid}", daemon=True)
 
     def __enter__(self) -> Self:
+        if self.keep is not None and self.process.threads() == [self.keep]:
+            return self  # stopped already, and nobody is there to make another thread
         self._tracer.start()
         self._ready.wait()
         if self._error is not None:
@@ -98,7 +100,8 @@ class StoppedProcess:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._release.set()
-        self._tracer.join()
+        if self._tracer.ident is not None:
+            self._tracer.join()
 
     # -- in the tracing thread ---------------------------------------------------------------------
 

@@ -22,7 +22,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from kvmfs.client.process import Process, Vma, status_field
+from kvmfs.client.maps import Vma
+from kvmfs.client.process import Process, status_field
 from kvmfs.client.stop import StoppedProcess
 from kvmfs.client.syscalls import Iovec, process_vm_readv
 from kvmfs.client.tracer import ClientGoneError, Thread, settle
@@ -311,17 +312,17 @@ def _replace(process: Process, thread: Thread, parts: list[_Part]) -> None:
                 thread.close(number)
                 raise
         thread.close(number)
-        _remember(process, memfd)
+        _remember(process, memfd, low)
     finally:
         os.close(memfd)
 
 
-def _remember(process: Process, memfd: int) -> None:
+def _remember(process: Process, memfd: int, mapped_at: int) -> None:
     for owner in {owner for owner, _ in _remembered.values()}:
         if not os.path.exists(f"/proc/{owner}"):
             forget(owner)
     made = os.fstat(memfd)
-    for vma in process.vmas():
+    for vma in process.vmas(mapped_at, mapped_at + PAGE_SIZE):
         if vma.inode == made.st_ino and vma.path.startswith(f"/memfd:{MEMFD_NAME}"):
             try:
                 os.close(os.open(f"/proc/{process.tid}/map_files/{vma.start:x}-{vma.end:x}", os.O_PATH | os.O_CLOEXEC))

@@ -13,6 +13,7 @@ import ctypes
 import errno
 import mmap
 import os
+from array import array
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
@@ -191,7 +192,7 @@ class MemSlots:
     def __init__(self, engine: RamEngine, max_gpa: int) -> None:
         self._slots: dict[int, MemSlot] = {}
         # By address; replaced as a whole, so that who looks sees all of a change or nothing.
-        self._by_gpa: tuple[list[int], list[MemSlot]] = ([], [])
+        self._by_gpa: tuple[array[int], list[MemSlot]] = (array("Q"), [])
         self.engine, self._max_gpa = engine, max_gpa
         self.dirty_rings: DirtyRings | None = None
         self.manual_dirty_log_protect = 0       # options of KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2
@@ -289,16 +290,19 @@ class MemSlots:
     def _insert(self, slot: MemSlot) -> None:
         self._show(slot)
         self._slots[slot.id] = slot
-        starts, slots = self._by_gpa
+        starts, slots = self._by_gpa[0][:], self._by_gpa[1][:]
         i = bisect_right(starts, slot.gpa)
-        self._by_gpa = ([*starts[:i], slot.gpa, *starts[i:]], [*slots[:i], slot, *slots[i:]])
+        starts.insert(i, slot.gpa)
+        slots.insert(i, slot)
+        self._by_gpa = (starts, slots)
 
     def _remove(self, slot: MemSlot) -> None:
         self._hide(slot)
         del self._slots[slot.id]
-        starts, slots = self._by_gpa
+        starts, slots = self._by_gpa[0][:], self._by_gpa[1][:]
         i = bisect_right(starts, slot.gpa) - 1
-        self._by_gpa = (starts[:i] + starts[i + 1:], slots[:i] + slots[i + 1:])
+        del starts[i], slots[i]
+        self._by_gpa = (starts, slots)
 
     def _show(self, slot: MemSlot) -> None:
         assert slot.memory is not None
@@ -331,7 +335,7 @@ class MemSlots:
 
     def close(self) -> None:
         """Give all memory back."""
-        slots, self._slots, self._by_gpa = list(self), {}, ([], [])
+        slots, self._slots, self._by_gpa = list(self), {}, (array("Q"), [])
         for slot in reversed(slots):
             if slot.memory is not None:
                 self._hide(slot)

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import client_rig
 from client_rig import CREATE_VCPU, KVM_RUN, SET_MEMORY, Call, Rig, start
 
-from kvmfs.client import stop, takeover
+from kvmfs.client import maps, stop, takeover
 from kvmfs.client.memory import ClientMemory, open_memory
 from kvmfs.client.process import Process
 from kvmfs.client.stop import StoppedProcess
@@ -140,6 +140,24 @@ def test_memory_after_exec_is_a_fault() -> None:
         assert caught.value.errno == errno.EFAULT
         client.stdin.close()
     process.close()
+
+
+def test_mappings_by_query_are_those_of_the_text() -> None:
+    """Where PROCMAP_QUERY (6.11) is unknown the text is read instead."""
+    client = subprocess.Popen(["/bin/sh", "-c", "kill -STOP $$"])
+    try:
+        os.waitpid(client.pid, os.WUNTRACED)
+        path = f"/proc/{client.pid}/maps"
+        with open(path, "rb") as asked, open(path, "rb") as text:
+            expected = list(maps._scan(text, 0, 1 << 47))
+            assert expected and maps.read_vmas(asked, 0, 1 << 47) == expected
+            middle = expected[2]
+            assert maps.read_vmas(asked, middle.start + 1, middle.end - 1) in ([middle], [])  # []: read to its end already
+    finally:
+        client.kill()
+        client.wait()
+    with open("/dev/null", "rb") as no_query:  # ENOTTY
+        assert maps.read_vmas(no_query, 0, 1 << 47) == []
 
 
 # -- processes -----------------------------------------------------------------------------------
