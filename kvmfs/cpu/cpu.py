@@ -70,6 +70,9 @@ _TABLES: Final = Struct("<8xQI4x8xQI4x5Q").unpack_from
 _HF2_GIF, _HF2_NMI, _HF2_VINTR_MASKING = 1, 4, 8
 
 
+_PDPTRS = 0x3000            # behind the VMCB: native.h
+
+
 class Injection(NamedTuple):
     """An event that was given and is not delivered yet. kind: "interrupt", "nmi", "exception" or "soft"."""
 
@@ -341,6 +344,21 @@ class Cpu(StateFields):
         s = self._s
         s.intercept_cr_read, s.intercept_cr_write = cr_read, cr_write
         s.intercept_dr_read, s.intercept_dr_write = dr_read, dr_write | 0x80
+
+    def set_pdptrs(self, pdptrs: tuple[int, ...] | None) -> None:
+        """PAE paging uses these four instead of those in memory until CR3 is another or this is called with None.
+
+        MOV to CR3 exits meanwhile (exit code 0x13): whoever handles it loads them from memory.
+        """
+        s, info = self._s, self._info
+        info.own_pdptrs = pdptrs is not None
+        if pdptrs is None:
+            s.intercept_cr_write &= ~(1 << 3)
+        else:
+            (ctypes.c_uint64 * 4).from_address(info.vmcb + _PDPTRS)[:] = list(pdptrs)
+            info.pdptrs_cr3 = s.cr[3]
+            s.intercept_cr_write |= 1 << 3
+        info.flush = 1
 
     def set_dr_intercepts(self, read: int, write: int) -> None:
         """Bit n: MOV from or to DRn exits (0x20, 0x30 + n). DR7 writes do always."""

@@ -55,6 +55,7 @@ static void h_intr(void *uc, u32 no, void *user) {
     Vcpu *v = cur;
     Engine *e = v->e;
     UC(int, UC_SIZE_RECUR) = 0;
+    cr3_back(e);
     if (no >= EXCP_VMEXIT) {
         u32 code = no - EXCP_VMEXIT;
         if (code == 0x64) v->window = 0;

@@ -185,6 +185,8 @@ class VcpuInfo(ctypes.Structure):
         ("waited", ctypes.c_uint64),
         ("preempted_gpa", ctypes.c_uint64),
         ("suspect", ctypes.c_int32),
+        ("own_pdptrs", ctypes.c_int32),
+        ("pdptrs_cr3", ctypes.c_uint64),
     )
     exit: ExitInfo
     state: int
@@ -207,6 +209,8 @@ class VcpuInfo(ctypes.Structure):
     waited: int
     preempted_gpa: int
     suspect: int
+    own_pdptrs: int
+    pdptrs_cr3: int
 
 
 @functools.cache

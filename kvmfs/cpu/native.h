@@ -42,7 +42,7 @@ enum { HF_CPL = 3, HF_INHIBIT = 8, HF_CS32 = 1 << 4, HF_SS32 = 1 << 5, HF_ADDSEG
 enum { FL_TF = 0x100, FL_IF = 0x200, FL_DF = 0x400, FL_IOPL = 0x3000, FL_RF = 0x10000, FL_VM = 0x20000 };
 enum { IRQ_VIRQ = 0x100, IRQ_NMI = 0x200, IRQ_OURS = 0x10000 }; // the last is no bit of QEMU's
 enum { ICPT_VINTR = 1 << 4 };
-enum { VMCB_INT_VECTOR = 0x64, VMCB_INFO2 = 0x80 };
+enum { PDPTRS = 0x3000, VMCB_INT_VECTOR = 0x64, VMCB_INFO2 = 0x80 };
 enum { VENDOR_AMD = 0x68747541, VENDOR_INTEL = 0x756e6547 };
 enum { XSAVE_XGETBV1 = 4 };
 enum { EXCP_INTERRUPT = 0x10000, EXCP_VMEXIT = 0x100 };
@@ -98,6 +98,8 @@ typedef struct Vcpu {
     u64 waited;           // nanoseconds that it was ready to run while others had the engine
     u64 preempted_gpa;    // where the guest wants to see that (kvm_steal_time.preempted), 0 nowhere
     int32_t suspect;      // others may have written code: see code.h
+    int32_t own_pdptrs;   // PAE paging uses the four entries at PDPTRS of its VMCB's memory, as long as
+    u64 pdptrs_cr3;       // CR3 is this
     // private
     struct Engine *e;
     char *image;
@@ -109,6 +111,7 @@ typedef struct Vcpu {
     u64 page[SCRATCH_PAGES];
     int nknown, npages, nev, evpos;
     int owed;             // the next turn comes at once
+    int cr3_away;         // CR3 is where those entries are, for the length of a page walk
     int alone, restep;    // an instruction is executed by itself; the next one is to be
     u64 hits, trap;       // causes of a #DB that comes after the instruction: data breakpoints; single step
     u64 cross_va, cross_n, cross_ra;

@@ -61,6 +61,27 @@ static void settle_walk(Engine *e) {
     }
 }
 
+// Hardware loads PDPTRs when CR3 is loaded, Unicorn's page walk reads them from memory each time.
+static bool has_own_pdptrs(Engine *e) {
+    const Vcpu *v = cur;
+    return v && v->own_pdptrs && F(u64, CR + 24) == v->pdptrs_cr3 && F(u64, CR) >> 31 && F(u64, CR + 32) & 1 << 5
+           && !(F(u32, HFLAGS) & HF_LMA);
+}
+
+static void cr3_to_pdptrs(Engine *e) {
+    if (!has_own_pdptrs(e)) return;
+    F(u64, CR + 24) = cur->vmcb_gpa + PDPTRS;
+    cur->cr3_away = 1;
+}
+
+// After a walk, also one that ended in a fault and so has not come back.
+static void cr3_back(Engine *e) {
+    Vcpu *v = cur;
+    if (!v || !v->cr3_away) return;
+    F(u64, CR + 24) = v->pdptrs_cr3;
+    v->cr3_away = 0;
+}
+
 static void note_walk(Engine *e, u64 va) {
     u64 cr0 = F(u64, CR), cr3 = F(u64, CR + 24), cr4 = F(u64, CR + 32), size = 8, bits = 9;
     int shift;
@@ -75,6 +96,12 @@ static void note_walk(Engine *e, u64 va) {
         shift = 22, size = 4, bits = 10;
         cr3 = (u32)cr3;
         va = (u32)va;
+    }
+    if (shift == 30 && has_own_pdptrs(e)) {
+        u64 entry = ((u64 *)(cur->vmcb + PDPTRS))[va >> 30];
+        if (!(entry & 1)) return;
+        cr3 = entry;
+        shift = 21;
     }
     u64 table = cr3 & (shift == 30 ? 0xffffffffe0ull : 0xfffffff000ull);
     for (; shift >= 12; shift -= bits) {
@@ -99,7 +126,9 @@ static bool fill_entry(void *cs, u64 va, int size, int access, int mmu, bool pro
         settle_walk(e);
         note_walk(e, va);
     }
+    cr3_to_pdptrs(e);
     bool ok = e->tlb_fill(cs, va, size, access, mmu, probe, ra);
+    cr3_back(e);
     if (e->nlogged) settle_walk(e);
     if (!ok) return ok;
     TlbFast *f = &F(TlbFast, TLB_FAST + 16 * mmu);
@@ -209,7 +238,9 @@ static int guest_phys(Engine *e, const char *state, u64 va, u64 *gpa) {
     if (state != e->env) return 0;
     confine_cr3(e);
     u32 attrs[4] = {0};
+    cr3_to_pdptrs(e);
     u64 pa = e->phys_debug(e->cpu, va & ~0xfffull, attrs);
+    cr3_back(e);
     if (pa == ~0ull) return 0;
     *gpa = pa | (va & 0xfff);
     return 1;

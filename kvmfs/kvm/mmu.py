@@ -38,7 +38,9 @@ def load_pdptrs(vcpu: Vcpu, cr3: int) -> bool:
     reserved = 0x1E6 | (_M64 << vcpu.arch.cpuid.maxphyaddr) & _M64
     if any(entry & PT_PRESENT and entry & reserved for entry in _PDPTRS.unpack(table)):
         return False
-    vcpu.arch.pdptrs = None
+    if vcpu.arch.pdptrs is not None:
+        vcpu.arch.pdptrs = None
+        vcpu.cpu.set_pdptrs(None)
     return True
 
 
@@ -76,23 +78,25 @@ def gva_to_gpa(vcpu: Vcpu, gva: int) -> int | None:
             return None
         return _walk(vcpu, cpu.cr3 & _ADDRESS_64, gva, (39, 30, 21, 12), 8, 9)
     if cpu.cr4 & X.CR4_PAE:
-        return _walk(vcpu, cpu.cr3 & 0xFFFFFFE0, gva & 0xFFFFFFFF, (30, 21, 12), 8, 9)
+        gva &= 0xFFFFFFFF
+        entry = pdptrs(vcpu)[gva >> 30]
+        if not entry & PT_PRESENT or _reserved_bits(vcpu, entry, 30, pae=True):
+            return None
+        return _walk(vcpu, entry & _ADDRESS_64, gva, (21, 12), 8, 9)
     return _walk(vcpu, cpu.cr3 & 0xFFFFF000, gva & 0xFFFFFFFF, (22, 12), 4, 10)
 
 
 def _walk(vcpu: Vcpu, table: int, gva: int, shifts: tuple[int, ...], size: int, bits: int) -> int | None:
-    pse = size == 8 or vcpu.cpu.cr4 & X.CR4_PSE
+    pse, pae = size == 8 or vcpu.cpu.cr4 & X.CR4_PSE, len(shifts) < 4
     for shift in shifts:
         index = gva >> shift & ((1 << bits) - 1)
         try:
             entry = int.from_bytes(vcpu.vm.memslots.read(table + index * size, size), "little")
         except KvmError:
             return None
-        if not entry & PT_PRESENT or (size == 8 and _reserved_bits(vcpu, entry, shift, len(shifts))):
+        if not entry & PT_PRESENT or (size == 8 and _reserved_bits(vcpu, entry, shift, pae)):
             return None
         large = shift in ((30, 21) if size == 8 else (22,)) and entry & PT_PSE and pse
-        if size == 8 and len(shifts) == 3 and shift == 30:
-            large = False       # a PDPTR of PAE paging has no size bit
         if large or shift == 12:
             mask = (1 << shift) - 1
             if size == 4 and shift == 22:      # PSE-36: bits 13-16 are address bits 32-35, for KVM the rest is reserved
@@ -106,14 +110,14 @@ def _walk(vcpu: Vcpu, table: int, gva: int, shifts: tuple[int, ...], size: int, 
     return None
 
 
-def _reserved_bits(vcpu: Vcpu, entry: int, shift: int, levels: int) -> bool:
+def _reserved_bits(vcpu: Vcpu, entry: int, shift: int, pae: bool) -> bool:
     """``is_rsvd_bits_set`` for an entry of 8 bytes that maps ``1 << shift`` bytes."""
     reserved = (_M64 << vcpu.arch.cpuid.maxphyaddr) & _ADDRESS_64
-    if shift == 30 and levels == 3:
+    if shift == 30 and pae:
         return bool(entry & (reserved | 0x1E6 | 0x7FF << 52 | _NX))
     if not vcpu.cpu.efer & X.EFER_NX:
         reserved |= _NX
-    if levels == 3:
+    if pae:
         reserved |= 0x7FF << 52
     if shift == 39:
         reserved |= PT_PSE

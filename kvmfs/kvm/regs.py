@@ -307,8 +307,8 @@ def set_sregs(vcpu: Vcpu, sregs: KvmSregs) -> None:
 def set_sregs2(vcpu: Vcpu, sregs: KvmSregs2) -> None:
     """KVM_SET_SREGS2 (api.rst 4.132).
 
-    EINVAL: as KVM_SET_SREGS, unknown flags, or PDPTRs without PAE paging.  The engine walks the table in
-    memory: PDPTRs that differ from it are shown again by KVM_GET_SREGS2 and not used.
+    EINVAL: as KVM_SET_SREGS, unknown flags, or PDPTRs without PAE paging.  Intel's guests use the PDPTRs until
+    they load others from memory; AMD's CPUs walk the table in memory, whatever is given here.
     """
     valid_pdptrs = bool(sregs.flags & KVM_SREGS2_FLAGS_PDPTRS_VALID)
     pae = bool(sregs.cr0 & X.CR0_PG and sregs.cr4 & X.CR4_PAE and not sregs.efer & X.EFER_LMA)
@@ -317,6 +317,7 @@ def set_sregs2(vcpu: Vcpu, sregs: KvmSregs2) -> None:
     _set_sregs_common(vcpu, sregs, update_pdptrs=not valid_pdptrs)
     if valid_pdptrs:
         vcpu.arch.pdptrs = (vcpu.cpu.cr3, tuple(sregs.pdptrs))
+        vcpu.vm.vendor.set_pdptrs(vcpu, tuple(sregs.pdptrs))
 
 
 def _set_sregs_common(vcpu: Vcpu, sregs: KvmSregs | KvmSregs2, *, update_pdptrs: bool) -> None:

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 M32 = (1 << 32) - 1
 RAX, RCX, RDX, RBX, RSI = 0, 1, 2, 3, 6
 
-EXIT_READ_CR0, EXIT_WRITE_CR0, EXIT_WRITE_CR4, EXIT_WRITE_CR8 = 0x00, 0x10, 0x14, 0x18
+EXIT_READ_CR0, EXIT_WRITE_CR0, EXIT_WRITE_CR3, EXIT_WRITE_CR4, EXIT_WRITE_CR8 = 0x00, 0x10, 0x13, 0x14, 0x18
 EXIT_VINTR, EXIT_RDPMC, EXIT_CPUID, EXIT_INVD, EXIT_HLT = 0x64, 0x6F, 0x72, 0x76, 0x78
 EXIT_INVLPGA, EXIT_MSR, EXIT_SHUTDOWN = 0x7A, 0x7C, 0x7F
 EXIT_VMRUN, EXIT_VMMCALL, EXIT_SKINIT = 0x80, 0x81, 0x86
@@ -177,6 +177,7 @@ def _lmsw(vcpu: Vcpu, code: bytes) -> int:
 
 EXIT_HANDLERS: dict[int, Callable[[Vcpu], int]] = {
     EXIT_WRITE_CR0: _write_cr,
+    EXIT_WRITE_CR3: _write_cr,      # only while PDPTRs are the client's
     EXIT_WRITE_CR4: _write_cr,
     EXIT_WRITE_CR8: _write_cr,
     **DEBUG_EXITS,

@@ -92,6 +92,9 @@ class KvmX86Ops(abc.ABC):
 
     # ---- register state -----------------------------------------------------------------------------
 
+    def set_pdptrs(self, vcpu: Vcpu, pdptrs: tuple[int, ...]) -> None:
+        """PAE paging's four entries from the client.  With nested paging AMD's CPUs have no place for them (APM 15.25.10)."""
+
     @abc.abstractmethod
     def segment_bits(self, index: int, attrib: int, large: bool) -> bytes:
         """A segment register's bits as this vendor's KVM shows them: struct kvm_segment from ``type`` on.

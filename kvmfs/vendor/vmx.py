@@ -78,6 +78,10 @@ class Vmx(KvmX86Ops):
         if not init_event:
             cpu.sysenter_cs = cpu.sysenter_esp = cpu.sysenter_eip = 0
 
+    def set_pdptrs(self, vcpu: Vcpu, pdptrs: tuple[int, ...]) -> None:
+        """The VMCS has fields for them (SDM vol. 3, 25.4.2)."""
+        vcpu.cpu.set_pdptrs(pdptrs)
+
     def segment_bits(self, index: int, attrib: int, large: bool) -> bytes:
         return _segment_bits(attrib)
 

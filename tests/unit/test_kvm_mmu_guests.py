@@ -146,7 +146,7 @@ def test_translate_agrees_with_the_guests_own_accesses(mode):
             raise KvmError(errno.EFAULT)
         return g.ram[gpa:gpa + size]
 
-    vcpu = SimpleNamespace(cpu=g.cpu, arch=SimpleNamespace(cpuid=SimpleNamespace(maxphyaddr=40)),
+    vcpu = SimpleNamespace(cpu=g.cpu, arch=SimpleNamespace(cpuid=SimpleNamespace(maxphyaddr=40), pdptrs=None),
                            vm=SimpleNamespace(memslots=SimpleNamespace(read=read)))
     found = absent = 0
     for _ in range(40):
