@@ -94,6 +94,11 @@ BY_VENDOR = {                                   # name → code, (AMD's, Intel's
     "lock mov cr0": ("xor eax, eax; .byte 0xf0; mov cr0, rax; mov eax, 3", ((DONE, 3), (0x100 + UD, None))),
     "sysenter": (SYSENTER + TO_USER + "sysenter; hlt; there: mov eax, cs; shl eax, 16; mov ax, ss",
                  ((0x100 + UD, None), (DONE, CODE64 << 16 | DATA32))),
+    "sysenter of 32-bit code": (SYSENTER + TO_USER.replace(f"{USER64 | 3}", f"{USER32 | 3}") + ".code32; sysenter; hlt; .code64\n"
+                                "there: mov eax, cs; mov rbx, 1 << 40; cmp rsp, rbx; adc eax, 0",
+                                ((0x100 + UD, None), (DONE, CODE64 + 1))),
+    "sysexit to 64 bits": (SYSENTER + "mov rdx, offset user; mov rcx, 0x6000; .byte 0x48, 0x0f, 0x35\n"
+                           "user: mov eax, cs; sysenter; there: nop", ((0x100 + UD, None), (DONE, CODE64 + 32 | 3))),
     "sysenter without a selector": (MSR.format(0x174, 3) + "sysenter", ((0x100 + UD, None), (0x100 + GP, None))),
     "sysexit": (SYSENTER + "mov rdx, offset user; mov rcx, 0x6000; .byte 0x0f, 0x35\n"
                 ".code32; user: mov ebx, cs; int 0x80; .code64; there: nop",
