@@ -26,6 +26,7 @@ EXIT_IO_OUT: Final = 3
 EXIT_MMIO_READ: Final = 4
 EXIT_MMIO_WRITE: Final = 5
 EXIT_FETCH: Final = 6
+EXIT_UNKNOWN: Final = 7
 
 _GPRS: Final = Struct("<16Q")
 _RESET_INTERCEPTS: Final = (
@@ -152,6 +153,7 @@ class Cpu(StateFields):
         - EXIT_MMIO_READ: ``exit.gpa``, ``size`` (at most 8, within a page); put the bytes into :attr:`data`. Nothing changed yet.
         - EXIT_MMIO_WRITE: the same with what was written; the instruction is completed. More may come before the guest runs.
         - EXIT_FETCH: ``exit.gpa`` is executed and is no memory.
+        - EXIT_UNKNOWN: an instruction that Linux's emulator does not know accesses MMIO at ``exit.gpa``; info1: it writes.
         """
         return self._nv_run(self._ptr)
 

@@ -45,16 +45,21 @@ static void decode(Engine *e, const char *state, Insn *in) {
     in->len = i;
 }
 
-// Bytes of prefixes, REX included, of the instruction at rip.
-static int prefix_length(Engine *e, const char *state) {
-    u8 b[15];
-    int n = guest_fetch(e, state, ((Seg *)(state + SEGS))[1].base + *(u64 *)(state + EIP), b, sizeof b);
+// Bytes of prefixes, REX included, of the instruction in b; wide: in 64-bit code.
+static int prefixes(const u8 *b, int n, int wide) {
     for (int i = 0; i < n; i++) {
         u8 p = b[i];
         if (p == 0x66 || p == 0x67 || p == 0xf0 || p == 0xf2 || p == 0xf3 || p == 0x64 || p == 0x65 || (p & 0xe7) == 0x26) continue;
-        return i + ((*(u32 *)(state + HFLAGS) & HF_CS64) && (p & 0xf0) == 0x40);
+        return i + (wide && (p & 0xf0) == 0x40);
     }
     return 0;
+}
+
+// The same of the instruction at rip.
+static int prefix_length(Engine *e, const char *state) {
+    u8 b[15];
+    int n = guest_fetch(e, state, ((Seg *)(state + SEGS))[1].base + *(u64 *)(state + EIP), b, sizeof b);
+    return prefixes(b, n, (*(u32 *)(state + HFLAGS) & HF_CS64) != 0);
 }
 
 static u64 addr_mask(const Insn *i) { return i->asize == 8 ? ~0ull : i->asize == 4 ? 0xffffffffull : 0xffff; }

@@ -252,6 +252,7 @@ static bool h_mem(void *uc, int type, u64 gpa, int size, int64_t val, void *user
     int recur = UC(int, UC_SIZE_RECUR), crossing = (gpa & 0xfff) + size > 4096;
     x->gpa = gpa;
     x->size = size;
+    x->info2 = v->delivering >= 0;
     if (type == MEM_FETCH_UNMAPPED) leave(v, EXIT_FETCH);
     if (type == MEM_READ_UNMAPPED) {
         if (crossing) { // first the part in this page

@@ -43,6 +43,7 @@ static Region *region_at(Engine *e, u64 gpa);
 #include "code.h"
 #include "tlb.h"
 #include "decode.h"
+#include "emulated.h"
 
 _Noreturn static void bail(Engine *e) {
     p_emu_stop(e->uc);
@@ -414,7 +415,13 @@ int nv_run(Vcpu *v) {
                 v->hits = 0;
                 continue;
             }
-            kind = finish(v, v->exit.kind);
+            kind = v->exit.kind;
+            if ((kind == EXIT_MMIO_READ || kind == EXIT_MMIO_WRITE) && !v->exit.info2 && !emulated(e, v->state)) {
+                v->exit.info1 = kind == EXIT_MMIO_WRITE;
+                kind = EXIT_UNKNOWN;
+                v->cross_left = 0;
+            }
+            kind = finish(v, kind);
         }
         atomic_store(&v->yield, 0);
         if (!kind && v->preempted_gpa) e->window[v->preempted_gpa] = PREEMPTED;

@@ -20,7 +20,7 @@ KVM_STATS_NAME_SIZE: Final = 48
 TYPE_CUMULATIVE, TYPE_INSTANT, TYPE_PEAK, TYPE_LINEAR_HIST, TYPE_LOG_HIST = range(5)
 UNIT_NONE, UNIT_BYTES, UNIT_SECONDS, UNIT_CYCLES, UNIT_BOOLEAN = (unit << 4 for unit in range(5))
 HALT_POLL_HIST_COUNT: Final = 32
-EXIT_KINDS: Final = 7           # of kvmfs.cpu: EXIT_NONE to EXIT_FETCH
+EXIT_KINDS: Final = 8           # of kvmfs.cpu: EXIT_NONE to EXIT_UNKNOWN
 
 _HEADER = struct.Struct("<6I")          # flags, name_size, num_desc, id_offset, desc_offset, data_offset
 _DESC = struct.Struct(f"<IhHII{KVM_STATS_NAME_SIZE}s")  # flags, exponent, size, offset, bucket_size, name

@@ -14,7 +14,16 @@ from typing import TYPE_CHECKING, Final
 
 from kvmfs.abi import exits as kx
 from kvmfs.abi.flags import KVM_X86_QUIRK_OUT_7E_INC_RIP
-from kvmfs.cpu.cpu import EXIT_FETCH, EXIT_IO_IN, EXIT_IO_OUT, EXIT_MMIO_READ, EXIT_MMIO_WRITE, EXIT_NONE, EXIT_SVM
+from kvmfs.cpu.cpu import (
+    EXIT_FETCH,
+    EXIT_IO_IN,
+    EXIT_IO_OUT,
+    EXIT_MMIO_READ,
+    EXIT_MMIO_WRITE,
+    EXIT_NONE,
+    EXIT_SVM,
+    EXIT_UNKNOWN,
+)
 from kvmfs.kvm import iodev
 from kvmfs.kvm.emulate import bytes_beyond_page, prepare_emulation_failure
 from kvmfs.kvm.host import current_cpu
@@ -187,6 +196,15 @@ def _exit_fetch(vcpu: Vcpu) -> int:
     return prepare_emulation_failure(vcpu)
 
 
+def _exit_unknown(vcpu: Vcpu) -> int:
+    e = vcpu.cpu.exit
+    write = e.info1 != 0
+    slot = vcpu.vm.memslots.find(e.gpa)
+    if slot is None or (write and slot.readonly):
+        return prepare_emulation_failure(vcpu)
+    return 1 if slot.backed(e.gpa, write=write) else -errno.EFAULT
+
+
 def tap_exits(tap: Callable[[Vcpu, int], None] | None) -> None:
     """From now on ``tap`` is told of every exit of this process's guests, by its kind, before it is handled; None: no more."""
     for kind, handler in _PLAIN.items():
@@ -206,5 +224,6 @@ _PLAIN: Final[dict[int, Callable[[Vcpu], int]]] = {
     EXIT_MMIO_READ: _exit_mmio_read,
     EXIT_MMIO_WRITE: _exit_mmio_write,
     EXIT_FETCH: _exit_fetch,
+    EXIT_UNKNOWN: _exit_unknown,
 }
 HANDLERS = dict(_PLAIN)

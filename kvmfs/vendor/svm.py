@@ -10,7 +10,7 @@ from kvmfs.abi import msrs as M
 from kvmfs.abi import x86 as X
 from kvmfs.abi.exits import KVM_X86_SHADOW_INT_MOV_SS, KVM_X86_SHADOW_INT_STI
 from kvmfs.abi.structs import KvmSegment
-from kvmfs.cpu.cpu import EXIT_FETCH
+from kvmfs.cpu.cpu import EXIT_FETCH, EXIT_UNKNOWN
 from kvmfs.kvm import regs
 from kvmfs.kvm.guest_debug import effective_dr7
 from kvmfs.vendor import segments
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from kvmfs.kvm.kvm_main import Vcpu
 
 SVM_EXIT_NPF = 0x400
-NPF_FETCH = 1 << 32 | 1 << 4 | 1 << 2          # EXITINFO1 (APM vol. 2, 15.25.6): of the final address, code, user
+# EXITINFO1 (APM vol. 2, 15.25.6): of the final address, user.
+NPF_READ, NPF_WRITE, NPF_FETCH = (1 << 32 | 1 << 2 | access for access in (0, 1 << 1, 1 << 4))
 SVM_EXIT_ERR = 0xFFFFFFFF       # VMEXIT_INVALID, as kvm_run shows it: the exit code's low 32 bits
 _RESET_DATA = 0x93              # present, writable, accessed
 _RESET_CODE = 0x9B
@@ -83,10 +84,12 @@ class Svm(KvmX86Ops):
         return SVM_EXIT_ERR if bad else 0
 
     def exit_info(self, vcpu: Vcpu) -> tuple[int, int, int, int, int]:
-        """``svm_get_exit_info``; code that is executed from no memory is a nested page fault."""
+        """``svm_get_exit_info``; where there is no memory that is a nested page fault."""
         e = vcpu.cpu.exit
         if e.kind == EXIT_FETCH:
             return SVM_EXIT_NPF, NPF_FETCH, e.gpa, 0, 0
+        if e.kind == EXIT_UNKNOWN:
+            return SVM_EXIT_NPF, NPF_WRITE if e.info1 else NPF_READ, e.gpa, 0, 0
         return e.code, e.info1, e.info2, 0, 0
 
     def inject_irq_blocked(self, vcpu: Vcpu) -> bool:

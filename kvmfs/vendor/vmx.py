@@ -14,7 +14,7 @@ from kvmfs.abi import msrs as M
 from kvmfs.abi import x86 as X
 from kvmfs.abi.exits import KVM_GUESTDBG_SINGLESTEP, KVM_X86_SHADOW_INT_MOV_SS, KVM_X86_SHADOW_INT_STI
 from kvmfs.abi.structs import KvmSegment
-from kvmfs.cpu.cpu import EXIT_FETCH
+from kvmfs.cpu.cpu import EXIT_FETCH, EXIT_UNKNOWN
 from kvmfs.kvm import regs
 from kvmfs.kvm.guest_debug import effective_dr7
 from kvmfs.vendor import segments
@@ -37,7 +37,8 @@ if TYPE_CHECKING:
 # Exit reason 33 (entry failed: invalid guest state) with bit 31 (VM-entry failure).
 VMX_EXIT_INVALID_STATE = 0x80000021
 EXIT_REASON_CR_ACCESS, EXIT_REASON_EPT_VIOLATION = 28, 48
-EPT_FETCH = 1 << 8 | 1 << 7 | 1 << 2           # qualification (SDM table 28-7): of the final address, known, code
+# Qualification (SDM table 28-7): of the final address, known.
+EPT_READ, EPT_WRITE, EPT_FETCH = (1 << 8 | 1 << 7 | access for access in (1, 2, 4))
 CR_ACCESS_LMSW = 1 << 6 | 3 << 4               # qualification (SDM table 28-3): LMSW from memory
 RFLAGS_RESERVED = ((1 << 64) - 1) & ~0x3F7FD7
 X86_EFLAGS_VM, X86_EFLAGS_IF = 1 << 17, 1 << 9
@@ -93,12 +94,14 @@ class Vmx(KvmX86Ops):
         vcpu.cpu.set_segment(index, segment.selector, segment.base, segment.limit, attrib)
 
     def exit_info(self, vcpu: Vcpu) -> tuple[int, int, int, int, int]:
-        """``vmx_get_exit_info``; code that is executed from no memory is an EPT violation.
+        """``vmx_get_exit_info``; where there is no memory that is an EPT violation.
 
         The only other exit that asks for this is a LMSW whose operand cannot be read.
         """
         if vcpu.cpu.exit.kind == EXIT_FETCH:
             return EXIT_REASON_EPT_VIOLATION, EPT_FETCH, 0, 0, 0
+        if vcpu.cpu.exit.kind == EXIT_UNKNOWN:
+            return EXIT_REASON_EPT_VIOLATION, EPT_WRITE if vcpu.cpu.exit.info1 else EPT_READ, 0, 0, 0
         return EXIT_REASON_CR_ACCESS, CR_ACCESS_LMSW, 0, 0, 0
 
     def inject_irq_blocked(self, vcpu: Vcpu) -> bool:

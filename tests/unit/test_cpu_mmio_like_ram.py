@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Random programs do the same on MMIO, served access by access, as on memory.
 
-CMPXCHG16B is followed by a comparison: in memory, the engine leaves wrong arithmetic flags but ZF.
+CMPXCHG8B is followed by a comparison: in memory, the engine leaves wrong arithmetic flags but ZF.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def instruction(rnd: random.Random, base: str) -> str:
         return f"lea rsi,{mem}\n lea rdi,[{base}+{rnd.randrange(SIZE - 64)}]\n {move}"
     if kind == 10:
         return f"movzx edx,byte ptr {mem}\n push qword ptr {mem}\n pop qword ptr [{base}+{rnd.randrange(SIZE - 8)}]"
-    return rnd.choice((f"rol {WIDTH[size]} ptr {mem},3", f"movnti {mem},rdx", f"cmpxchg16b [{base}+{spot & ~15}]\n cmp eax,edx"))
+    return rnd.choice((f"rol {WIDTH[size]} ptr {mem},3", f"movnti {mem},rdx", f"cmpxchg8b [{base}+{spot & ~7}]\n cmp eax,edx"))
 
 
 def state(g: Guest) -> tuple[object, ...]:

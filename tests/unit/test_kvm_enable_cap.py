@@ -2,6 +2,7 @@
 """KVM_ENABLE_CAP: what can be enabled, and what it then changes; both vendors."""
 
 import errno
+import os
 import struct
 import threading
 import time
@@ -274,3 +275,37 @@ def test_exit_on_emulation_failure(machine, vendor):
     suberror, ndata, flags, *info = struct.unpack_from("<IIQ5Q", m.run_page, 32)
     assert (suberror, ndata, flags) == (kx.KVM_INTERNAL_ERROR_EMULATION, 6, 0)      # there are no bytes to show
     assert info == ([0x400, 0x100000014, 0xF0000, 0, 0] if vendor == "amd" else [48, 0x184, 0, 0, 0])
+
+
+@BOTH
+@pytest.mark.parametrize("source", ["fld dword ptr [0xf000]", "fstp dword ptr [0xf000]", "movss xmm1, dword ptr [0xf000]",
+                                    "movd dword ptr [0xf000], xmm1", "ldmxcsr dword ptr [0xf000]"])
+def test_mmio_by_an_instruction_that_kvm_does_not_emulate(machine, vendor, source):
+    """Linux's emulator has no FPU loads and stores and few of SSE: KVM_EXIT_INTERNAL_ERROR, rip at the instruction."""
+    write = source.startswith(("fstp", "movd "))
+    m = machine(vendor, f"mov eax, cr4; or eax, 0x200; mov cr4, eax; at: {source}; out 0x10, al; hlt")
+    assert m.region(0, 0, 0, 0, 0) == 0
+    assert m.region(0, 0, 0, 0xF000, 0) == 0
+    assert enable(m, C.KVM_CAP_EXIT_ON_EMULATION_FAILURE, 1) == 0
+    assert (m.run(), m.reason) == (0, kx.KVM_EXIT_INTERNAL_ERROR)
+    suberror, ndata, flags, size, code = struct.unpack_from("<IIQB15s", m.run_page, 32)
+    assert (suberror, ndata, flags, size) == (kx.KVM_INTERNAL_ERROR_EMULATION, 8, 1, 15)
+    at = m.symbols["at"]
+    assert code == os.pread(m.host.fd, 15, at) and m.regs()["rip"] == at
+    info = struct.unpack_from("<5Q", m.run_page, 64)
+    assert info == ((0x400, 0x100000006 if write else 0x100000004, 0xF000, 0, 0) if vendor == "amd"
+                    else (48, 0x182 if write else 0x181, 0, 0, 0))
+
+
+@BOTH
+@pytest.mark.parametrize(("source", "size", "is_write"), [
+    ("fnstcw word ptr [0xf000]", 2, 1), ("movups xmmword ptr [0xf000], xmm0", 8, 1), ("movdqu xmm0, xmmword ptr [0xf000]", 8, 0),
+    ("mov ax, word ptr [0xf000]", 2, 0), ("add word ptr [0xf000], 5", 2, 0),
+    ("movnti dword ptr [0xf000], eax", 4, 1), ("bts word ptr [0xf000], 1", 2, 0), ("call word ptr [0xf000]", 2, 0)])
+def test_mmio_by_an_instruction_that_kvm_emulates(machine, vendor, source, size, is_write):
+    m = machine(vendor, f"mov eax, cr4; or eax, 0x200; mov cr4, eax; {source}; out 0x10, al; hlt")
+    assert m.region(0, 0, 0, 0, 0) == 0
+    assert m.region(0, 0, 0, 0xF000, 0) == 0
+    assert (m.run(), m.reason) == (0, kx.KVM_EXIT_MMIO)
+    gpa, length, written = struct.unpack_from("<Q8xIB", m.run_page, 32)
+    assert (gpa, length, written) == (0xF000, size, is_write)
