@@ -5,7 +5,7 @@
  */
 #include <stdint.h>
 
-enum { CONSOLE = 0xe9, WORDS = 8192, PAGES = 512, PAGE = 4096, ROUNDS = 64 };
+enum { CONSOLE = 0xe9, WORDS = 8192, PAGES = 512, PAGE = 4096, ROUNDS = 500 };
 
 #define FAULTING_AT	(511ul << 21)	/* start.S maps it by pages, none of them present */
 #define noinline	__attribute__((noinline))
@@ -147,8 +147,8 @@ static const struct {
 	void (*work)(uint32_t n);
 	uint32_t n;
 } benches[] = {
-	{ "integer", integers, 40000000 }, { "load", loads, 20000000 }, { "store", stores, 20000000 },
-	{ "call", calls, 8000000 }, { "double", doubles, 4000000 }, { "syscall", system_calls, 400000 },
+	{ "integer", integers, 120000000 }, { "load", loads, 60000000 }, { "store", stores, 60000000 },
+	{ "call", calls, 16000000 }, { "double", doubles, 12000000 }, { "syscall", system_calls, 1200000 },
 	{ "page_fault", page_faults, PAGES * ROUNDS }, { "switch", switches, 100000 },
 };
 
