@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A client that is made to die, or whose VM is: ``victim.py NODE PHASE [N]``, with the sample client in Python.
+"""A client that is made to die, or whose VM is: ``victim.py NODE PHASE [N]``, with the client of kvmfs.testing.
 
 It prints ``ready`` when it is in the phase.
 """
@@ -9,11 +9,8 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools" / "clients"))
-
-import kvm
+from kvmfs.testing import Kvm, KvmCallError, Vcpu, Vm
 
 SPIN = bytes.fromhex("eb fe")
 COUNT = bytes.fromhex("66 b8 00 00 00 00  66 40  e6 10  eb fa")       # mov eax, 0; 1: inc eax; out 0x10, al; jmp 1b
@@ -21,7 +18,7 @@ READ_DEVICE = bytes.fromhex("b8 00 a0  8e d8  a0 00 00  f4")          # mov al, 
 MEMORY = 0x90000
 
 
-def guest(vm: kvm.Vm, code: bytes) -> kvm.Vcpu:
+def guest(vm: Vm, code: bytes) -> Vcpu:
     vm.add_memory(0, MEMORY)
     vm.write(0x8000, code)
     vcpu = vm.create_vcpu()
@@ -33,34 +30,34 @@ def ready() -> None:
     print("ready", flush=True)
 
 
-def create_for_ever(node: kvm.Kvm) -> None:
+def create_for_ever(node: Kvm) -> None:
     while True:
         with node.create_vm() as vm, guest(vm, COUNT) as vcpu:
-            assert vcpu.run() == kvm.EXIT_IO
+            assert vcpu.run().name == "IO"
 
 
-def in_run(node: kvm.Kvm) -> None:
+def in_run(node: Kvm) -> None:
     """KVM_RUN of a guest that never ends, in another thread."""
     vcpu = guest(node.create_vm(), SPIN)
     threading.Thread(target=vcpu.run, daemon=True).start()
     time.sleep(0.2)
 
 
-def count_for_ever(node: kvm.Kvm) -> None:
+def count_for_ever(node: Kvm) -> None:
     """Exits without end; a line for each hundred, and the errno when it is over."""
     vcpu, exits = guest(node.create_vm(), COUNT), 0
     try:
-        while vcpu.run() == kvm.EXIT_IO:
+        while vcpu.run().name == "IO":
             exits += 1
             if exits % 100 == 0:
                 print(exits, flush=True)
-    except OSError as error:
-        print(f"errno {error.errno} from {error.filename}", flush=True)
+    except KvmCallError as error:
+        print(f"errno {error.errno} from {error.call}", flush=True)
 
 
 def main() -> None:
     path, phase, *arguments = sys.argv[1:]
-    node = kvm.Kvm(path)
+    node = Kvm(path)
     if phase == "count":
         ready()
         count_for_ever(node)
@@ -68,7 +65,7 @@ def main() -> None:
     if phase == "many":
         for _ in range(int(arguments[0])):
             with node.create_vm() as vm, guest(vm, COUNT) as vcpu:
-                assert vcpu.run() == kvm.EXIT_IO
+                assert vcpu.run().name == "IO"
         ready()
         return
     keep: list[object] = []
@@ -82,11 +79,11 @@ def main() -> None:
         keep.append(guest(node.create_vm(), COUNT))
     elif phase == "io":                         # stopped at an exit that is not completed
         vcpu = guest(node.create_vm(), COUNT)
-        assert vcpu.run() == kvm.EXIT_IO
+        assert vcpu.run().name == "IO"
         keep.append(vcpu)
     elif phase == "mmio":
         vcpu = guest(node.create_vm(), READ_DEVICE)
-        assert vcpu.run() == kvm.EXIT_MMIO
+        assert vcpu.run().name == "MMIO"
         keep.append(vcpu)
     elif phase == "run":
         in_run(node)

@@ -7,6 +7,7 @@ import errno
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -101,11 +102,10 @@ def test_where_there_can_be_no_node(tmp_path):
     assert "no KVM node: " in result.stdout and "kvmfs doctor" in result.stdout
 
 
-def test_an_ordinary_user_is_told_the_way(tmp_path_factory):
-    directory = write(tmp_path_factory.mktemp("user", numbered=True), NODE_TEST)
-    for part in (directory, directory.parent, directory.parent.parent):
-        part.chmod(0o755)
-    result = pytest_in(directory, wrapper=ordinary_user())
+def test_an_ordinary_user_is_told_the_way():
+    with tempfile.TemporaryDirectory(prefix="user-", dir="/tmp") as name:       # wherever this run's own directories are
+        Path(name).chmod(0o755)
+        result = pytest_in(write(Path(name), NODE_TEST), wrapper=ordinary_user())
     assert "1 skipped" in result.stdout and "kvmfs run -- pytest" in result.stdout, result.stdout + result.stderr
 
 

@@ -135,7 +135,7 @@ def test_looking_into_a_vm_that_runs(kvmd, busy):
     vm, = found
     assert vm["memory"] == 0x100000 and vm["process"] == os.getpid() and vm["worker"] == kvmd.workers()[0]
     registers = ours(kvmd, "vms", "0")
-    assert re.search(r"rip 000000000000100[7a]  rflags 0000000\d .* 64-bit code", registers)
+    assert re.search(r"rip 000000000000100[7a]  rflags [0-9a-f]{8} .* 64-bit code", registers)
     assert re.search(r"=> 000000000000100[7a]  (48 ff c0 +inc rax|eb fb +jmp 0x1007)", registers)
     assert int(re.search(r"rax ([0-9a-f]{16})", registers)[1], 16) > 0x1234
     assert ours(kvmd, "vms", "0", "--memory", "0x1000", "--length", "12").split()[1:13] == LOOP.hex(" ").split()
