@@ -13,6 +13,7 @@ import ctypes
 import errno
 import mmap
 import os
+import threading
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
@@ -41,7 +42,7 @@ _libc.mremap.restype = ctypes.c_void_p
 _libc.mremap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int]   # and where to
 _MAP_FAILED = ctypes.c_void_p(-1).value
 _MAP_FIXED, _MAP_NORESERVE = 0x10, 0x4000
-_MREMAP_MAYMOVE, _MREMAP_FIXED = 1, 2
+_MREMAP_MAYMOVE, _MREMAP_FIXED, _MREMAP_DONTUNMAP = 1, 2, 4
 
 
 def _map(address: int | None, size: int, prot: int, flags: int, fd: int, offset: int) -> int:
@@ -72,7 +73,12 @@ def _temporary(size: int) -> Iterator[int]:
 
 
 def _remap(address: int, size: int, to: int) -> None:
-    if _libc.mremap(address, size, size, _MREMAP_MAYMOVE | _MREMAP_FIXED, ctypes.c_void_p(to)) == _MAP_FAILED:
+    # Without a hole, which another thread's mmap could fill, where the kernel can do that with shared mappings (5.13).
+    for more in (_MREMAP_DONTUNMAP, 0):
+        flags = _MREMAP_MAYMOVE | _MREMAP_FIXED | more
+        if _libc.mremap(address, size, size, flags, ctypes.c_void_p(to)) != _MAP_FAILED:
+            break
+    else:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), "mremap of guest memory")
 
 
@@ -194,6 +200,8 @@ class MemSlots:
         # By address; replaced as a whole, so that who looks sees all of a change or nothing.
         self._by_gpa: tuple[array[int], list[MemSlot]] = (array("Q"), [])
         self.engine, self._max_gpa = engine, max_gpa
+        # Memory moves or goes, after its slot, while nobody reads or writes what he found.
+        self._access = threading.Lock()
         self.dirty_rings: DirtyRings | None = None
         self.manual_dirty_log_protect = 0       # options of KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2
 
@@ -240,7 +248,8 @@ class MemSlots:
         if new is None:
             assert old is not None and old.memory is not None
             self._remove(old)
-            old.memory.close()
+            with self._access:
+                old.memory.close()
             return
         bitmap = self._bitmap(old, new)
         if old is None:
@@ -253,7 +262,8 @@ class MemSlots:
             new.memory, new.dirty_bitmap = old.memory, bitmap
             self._remove(old)
             if old.memory is not None:
-                old.memory.move(old.memory.address + new.gpa - old.gpa)
+                with self._access:
+                    old.memory.move(old.memory.address + new.gpa - old.gpa)
             self._insert(new)
 
     def _bitmap(self, old: MemSlot | None, new: MemSlot) -> DirtyBitmap | None:
@@ -370,18 +380,28 @@ class MemSlots:
 
     def read(self, gpa: int, size: int) -> bytes:
         """``kvm_read_guest``: EFAULT where there is no memory."""
-        return b"".join(ctypes.string_at(at, n) for at, n, _ in self._runs(gpa, size, False))
+        with self._access:
+            return b"".join(ctypes.string_at(at, n) for at, n, _ in self._runs(gpa, size, False))
 
     def write(self, gpa: int, data: bytes) -> None:
         """``kvm_write_guest``: EFAULT where there is no writable memory."""
         done = 0
-        for at, n, slot in self._runs(gpa, len(data), True):
-            ctypes.memmove(at, data[done:done + n], n)
-            if slot.dirty_bitmap is not None:
-                first = (gpa + done - slot.gpa) // PAGE_SIZE
-                last = (gpa + done + n - 1 - slot.gpa) // PAGE_SIZE
-                if self.dirty_rings is None:
-                    self.engine.log_set(slot.dirty_bitmap.address, first, last - first + 1)
-                else:
-                    self.dirty_rings.machine_wrote(slot.dirty_bitmap, slot.id, first, last - first + 1)
-            done += n
+        logged: list[tuple[MemSlot, int, int]] = []
+        with self._access:
+            for at, n, slot in self._runs(gpa, len(data), True):
+                ctypes.memmove(at, data[done:done + n], n)
+                if slot.dirty_bitmap is not None:
+                    logged.append((slot, gpa + done - slot.gpa, n))
+                done += n
+        for one in logged:              # may wait for the engine
+            self._wrote(*one)
+
+    def _wrote(self, slot: MemSlot, offset: int, size: int) -> None:
+        bitmap = slot.dirty_bitmap
+        if bitmap is None:
+            return
+        first, last = offset // PAGE_SIZE, (offset + size - 1) // PAGE_SIZE
+        if self.dirty_rings is None:
+            self.engine.log_set(bitmap.address, first, last - first + 1)
+        else:
+            self.dirty_rings.machine_wrote(bitmap, slot.id, first, last - first + 1)

@@ -4,6 +4,8 @@
 import struct
 import threading
 import time
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 
@@ -121,3 +123,31 @@ def test_code(vendor):
             show(0x1111)
             show(0x2222)
         show(0x1111)
+
+
+@pytest.mark.parametrize("size", [0, 0x1000], ids=["goes", "moves"])
+@pytest.mark.parametrize("write", [False, True])
+def test_memory_stays_while_the_machine_uses_it(monkeypatch, size, write):
+    """A device, or a store of the guest that met no memory at that moment: what it found is there until it is done."""
+    m = Machine("amd")
+    assert m.region(1, 0, OTHER, 0x1000, 0x20000) == 0
+    order, inside = [], threading.Event()
+
+    def slow(*_):
+        inside.set()
+        time.sleep(0.05)
+        order.append("used")
+        return b""
+
+    memory = SimpleNamespace(memmove=slow, string_at=slow)
+    monkeypatch.setattr("kvmfs.kvm.memslots.ctypes", memory)
+    use = partial(m.vm.memslots.write, OTHER, b"x") if write else partial(m.vm.memslots.read, OTHER, 1)
+    thread = threading.Thread(target=use)
+    thread.start()
+    assert inside.wait(10)
+    monkeypatch.undo()
+    assert m.region(1, 0, OTHER + 0x10000, size, 0x20000) == 0
+    order.append("changed")
+    thread.join(10)
+    m.close()
+    assert order == ["used", "changed"]
