@@ -106,6 +106,7 @@ static void h_translated(void *uc, const UcTb *tb, const UcTb *before, void *use
     (void)uc;
     (void)before;
     Engine *e = user;
+    shorten_head(e, tb->pc);
     for (u64 va = tb->pc, left = tb->size; left;) {
         u64 offset = va & 0xfff, n = left < 4096 - offset ? left : 4096 - offset;
         TlbEntry *t = code_entry(e, va);

@@ -27,6 +27,7 @@ static void (*p_tb_invalidate)(void *, u64, u64), (*p_mxcsr)(void *), (*p_fpuc)(
 static u64 (*p_ram_addr)(void *, void *);
 static bool (*p_restore_state)(void *, u64, bool);
 static bool (*p_restore)(void *, u64, bool);
+static void (*p_check_exit)(void *, u32);
 static int (*p_bp_insert)(void *, u64, int, void **);
 static void (*p_bp_remove)(void *, void *);
 
@@ -40,6 +41,7 @@ static Engine *engine_of(void *cs) {
 _Noreturn static void leave(Vcpu *v, int kind);
 static void stop(Vcpu *v, atomic_int *why);
 static Region *region_at(Engine *e, u64 gpa);
+#include "blocks.h"
 #include "code.h"
 #include "tlb.h"
 #include "decode.h"

@@ -19,7 +19,7 @@ static int load_symbols(const char *path) {
         {"tb_invalidate_phys_range_x86_64", &p_tb_invalidate}, {"update_mxcsr_status_x86_64", &p_mxcsr},
         {"update_fp_status_x86_64", &p_fpuc}, {"qemu_ram_addr_from_host_x86_64", &p_ram_addr},
         {"cpu_restore_state_x86_64", &p_restore}, {"cpu_breakpoint_insert_x86_64", &p_bp_insert},
-        {"cpu_breakpoint_remove_by_ref_x86_64", &p_bp_remove},
+        {"cpu_breakpoint_remove_by_ref_x86_64", &p_bp_remove}, {"helper_check_exit_request_x86_64", &p_check_exit},
     };
     if (!lib) return 1;
     for (size_t i = 0; i < sizeof sym / sizeof *sym; i++)
@@ -42,6 +42,7 @@ static int check_layout(Engine *e, const char *path) {
     if (F(u64, XSAVE_COMPONENTS) != 7) return 1; // x87, SSE, AVX: those of the model
     if (F(u32, CPUID_VENDOR) != VENDOR_AMD || !(F(u64, XSAVE_FEATURES) & XSAVE_XGETBV1)) return 1;
     if (UC(void *, UC_MEMORY_MAPPING) != dlsym(lib, "find_memory_mapping_x86_64")) return 1;
+    if (!head_is_known()) return 1;
     for (int m = 0; m < 3; m++) {
         TlbFast *f = &F(TlbFast, TLB_FAST + 16 * m);
         if ((f->mask & 63) || !f->table) return 1;

@@ -7,8 +7,11 @@ import contextlib
 import ctypes
 import mmap
 import os
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -103,6 +106,36 @@ def test_a_tight_loop_is_kicked_soon():
         took.append(time.perf_counter() - at[0])
         timer.join()
     assert sorted(took)[10] < 0.005
+
+
+_FIRST_ENGINE = """
+import threading
+from kvmfs.cpu.cpu import EXIT_IO_OUT, EXIT_NONE
+from tests.guest import Guest
+
+def heads():
+    # Translations are the one memory that is writable and executable.
+    found = 0
+    with open("/proc/self/maps") as maps, open("/proc/self/mem", "rb", buffering=0) as memory:
+        for line in maps:
+            if " rwx" in line:
+                memory.seek(int(line.split("-")[0], 16))
+                found += memory.read(1 << 20).count(bytes.fromhex("837df000790be8"))
+    return found
+
+g = Guest("start: mov ecx, 1000\\n 1: dec ecx\\n jnz 1b\\n out 0x10, al\\n 2: jmp 2b")
+assert g.cpu.run() == EXIT_IO_OUT
+assert heads() > 0, "no block begins with cmpl $0,ICOUNT_DECR(%rbp); jns; call"
+threading.Timer(0.05, g.cpu.kick).start()
+assert g.cpu.run() == EXIT_NONE         # out of a loop that is nothing but such a block
+"""
+
+
+def test_blocks_look_themselves_whether_they_are_to_be_left():
+    """In a process of its own: only the first engine's translations are within a near call of the helper."""
+    done = subprocess.run([sys.executable, "-c", _FIRST_ENGINE], cwd=Path(__file__).parents[2], capture_output=True, text=True,
+                          timeout=30, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_two_cpus_take_turns():
