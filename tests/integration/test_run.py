@@ -202,3 +202,16 @@ def test_pretended_cpu(nothing_left, vendor, wrapper):
     assert [line for line in result.stdout.splitlines() if line.startswith(("processor", "model name", "address sizes"))] == lines
     after = Path("/proc/cpuinfo").read_text()
     assert all(after.count(flag) == before.count(flag) for flag in ("svm", "vmx"))
+
+
+def test_version_and_a_daemon_that_hangs(start_kvmd):
+    """It is named, and the others are shown."""
+    good, stopped = start_kvmd(name="good"), start_kvmd(name="stopped")
+    os.kill(stopped.process.pid, signal.SIGSTOP)
+    try:
+        nodes = json.loads(kvmfs("version", "--json").stdout)["nodes"]
+    finally:
+        os.kill(stopped.process.pid, signal.SIGCONT)
+    assert good.node in [node["node"] for node in nodes]
+    hanging, = (node for node in nodes if node["node"] == str(stopped.mountpoint))
+    assert "no answer" in hanging["hangs"]

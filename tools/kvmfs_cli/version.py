@@ -6,11 +6,13 @@ from __future__ import annotations
 import json
 import os
 import platform
+import threading
 from importlib import metadata
 from typing import Any
 
 PACKAGES = ("kvmfs", "unicorn", "pyfuse3", "trio")
 FILESYSTEM = "fuse.kvmfs"
+PATIENCE = 3            # seconds for a daemon to tell its state
 
 
 def collect() -> dict[str, Any]:
@@ -61,6 +63,18 @@ def _mountpoints() -> list[str]:
 
 
 def _state(mountpoint: str) -> dict[str, Any] | None:
+    """What that node's daemon says; None: nothing, it is dead.
+
+    One that hangs must not hang this program: it is asked in a thread that may stay behind.
+    """
+    answers: list[dict[str, Any] | None] = []
+    thread = threading.Thread(target=lambda: answers.append(_read_state(mountpoint)), daemon=True)
+    thread.start()
+    thread.join(PATIENCE)
+    return answers[0] if answers else {"node": mountpoint, "hangs": f"no answer within {PATIENCE} s; 'umount -l' takes it away"}
+
+
+def _read_state(mountpoint: str) -> dict[str, Any] | None:
     try:
         with open(os.path.join(mountpoint, "state"), encoding="utf-8") as file:
             state = json.load(file)
@@ -89,7 +103,7 @@ def show(facts: dict[str, Any]) -> None:
     console.print(table)
     for node in facts["nodes"]:
         table = Table(title=str(node.get("node")), show_header=False, title_justify="left")
-        for name in ("vendor", "module", "profile", "engine", "passthrough", "cpus", "steps", "vms_created"):
+        for name in ("hangs", "vendor", "module", "profile", "engine", "passthrough", "cpus", "steps", "vms_created"):
             if name in node:
                 value = node[name]
                 table.add_row(name, ", ".join(map(str, value)) if isinstance(value, list) else str(value))
