@@ -35,7 +35,8 @@ class Window:
     def __init__(self, vm: Vm, dispatcher: VmDispatcher, number: int) -> None:
         self._vm, self._dispatcher, self._number = vm, dispatcher, number
         self._faults: list[Tap] = []
-        self._tracers: dict[int, Tracer] = {}
+        self._tracers: dict[int, Tracer] = {}           # of ioctls, by connection
+        self._exit_tracers: dict[int, Tracer] = {}      # of the guest's exits
 
     def obey(self, message: Message) -> dict[str, Any]:
         """One order's answer.  Raises OSError, LinkError."""
@@ -78,22 +79,23 @@ class Window:
 
     def _tap(self) -> None:
         self._dispatcher.tap([*self._faults, *self._tracers.values()])
+        tap_exits(self._tell_exit if self._exit_tracers else None)
 
     def _trace(self, message: Message) -> None:
         """Tell of every ioctl, or with ``exits`` of every exit of the guest, to the socket that comes with the order."""
         ident, exits = message.integer("id"), bool(message.integer("exits", 0, 1))
         link = Link(socket.socket(fileno=message.take_fds()[0]))
-        tracer = self._tracers[ident] = Tracer(link.send, lambda: self._untrace(ident), self._number)
-        if exits:
-            tap_exits(lambda vcpu, kind: tracer.tell("exit", exit_of(vcpu, kind, self._number)))
-            self._tracers.pop(ident)
-        else:
-            self._tap()
+        tracers = self._exit_tracers if exits else self._tracers
+        tracers[ident] = Tracer(link.send, lambda: self._untrace(ident), self._number)
+        self._tap()
 
     def _untrace(self, ident: int) -> None:
-        tap_exits(None)
-        if self._tracers.pop(ident, None) is not None:
+        if self._exit_tracers.pop(ident, None) or self._tracers.pop(ident, None):
             self._tap()
+
+    def _tell_exit(self, vcpu: Vcpu, kind: int) -> None:
+        for tracer in list(self._exit_tracers.values()):
+            tracer.tell("exit", exit_of(vcpu, kind, self._number))
 
 
 def exit_of(vcpu: Vcpu, kind: int, number: int) -> dict[str, Any]:

@@ -174,8 +174,6 @@ class Worker:
                 return self._relayed(message)
             case "ping":
                 pass
-            case "stat":
-                return {"vcpus": len(self.vm.vcpus), "files": self._open_files}
             case op if op in OPS:
                 try:
                     return self.window.obey(message)

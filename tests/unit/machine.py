@@ -34,7 +34,7 @@ class Req:
     def __init__(self, nodeid, cmd, arg=0, data=b"", tid=1):
         self.nodeid, self.cmd, self.arg, self.tid = nodeid, cmd, arg, tid
         self.data = memoryview(bytes(data))
-        self.interrupted = False
+        self.interrupted, self.context = False, None
         self.result, self.out = None, b""
 
     def reply(self, result, data=b""):

@@ -20,26 +20,12 @@ from tests.unit.irq_machine import (
     PIC_EOI,
     PIC_INIT,
     X2APIC_EOI,
-    IrqMachine,
     eventually,
     handler,
 )
 
 BOTH = pytest.mark.parametrize("vendor", ["amd", "intel"])
 IDLE = "sti; idle: hlt; jmp idle\n"
-
-
-@pytest.fixture
-def machine():
-    made = []
-
-    def make(*args, **kwargs):
-        made.append(IrqMachine(*args, **kwargs))
-        return made[-1]
-
-    yield make
-    for m in made:
-        m.close()
 
 
 def until(vector, count, then=DONE):

@@ -4,7 +4,7 @@
 import struct
 
 import pytest
-from irq_machine import APIC, APIC_ON, COUNTS, DONE, IrqMachine, eventually, handler
+from irq_machine import APIC, APIC_ON, COUNTS, DONE, eventually, handler
 from test_kvm_enable_cap import BOTH
 from test_kvm_kvmclock import get_msr, set_msr
 
@@ -29,19 +29,6 @@ PV_EOI = f"""
 """
 CALL = "mov eax, {nr}; mov ebx, {a0}; mov ecx, {a1}; mov edx, {a2}; mov esi, {a3}; vmmcall\n"
 BUSY = "busy: lock inc dword ptr [0x3e00]; jmp busy\n"
-
-
-@pytest.fixture
-def machine():
-    made = []
-
-    def make(*args, **kwargs):
-        made.append(IrqMachine(*args, **kwargs))
-        return made[-1]
-
-    yield make
-    for m in made:
-        m.close()
 
 
 @pytest.fixture

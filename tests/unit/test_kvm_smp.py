@@ -8,25 +8,12 @@ import time
 import pytest
 
 from kvmfs.abi import ioctls as K
-from tests.unit.irq_machine import APIC, COUNTS, DONE, IrqMachine, eventually, handler
+from tests.unit.irq_machine import APIC, COUNTS, DONE, eventually, handler
 from tests.unit.test_kvm_irq_guests import smp
 
 BOTH = pytest.mark.parametrize("vendor", ["amd", "intel"])
 STARTED = "lock inc dword ptr [0x2f04]\n"       # an AP that works on before it is idle says so itself
 UNDONE = "lock dec dword ptr [0x2f04]\n"
-
-
-@pytest.fixture
-def machine():
-    made = []
-
-    def make(*args, **kwargs):
-        made.append(IrqMachine(*args, **kwargs))
-        return made[-1]
-
-    yield make
-    for m in made:
-        m.close()
 
 
 def run(machine, vendor, vcpus, body, ap="", extra=""):
