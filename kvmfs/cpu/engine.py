@@ -92,12 +92,14 @@ class Engine:
         """Guest memory was changed from outside the guest: translations of that range are dropped. Cheap for data pages."""
         self._lib.nv_invalidate(self._engine, gpa, size)
 
-    def log(self, gpa: int, bitmap: int, page: int, slot: int) -> None:
+    def log(self, gpa: int, bitmap: int, touched: int, page: int, slot: int) -> None:
         """Every page of the region at gpa that the guest or its page walk writes sets a bit in the bitmap at that address.
 
-        page: the bit of the region's first page; slot: what rings are told. bitmap 0: no more. ValueError: there is no region.
+        page: the bit of the region's first page; slot: what rings are told. bitmap 0: no more. touched: the address of a bitmap
+        like it of the pages that the guest has come to; its first access to one that is not there sets both bits. 0: it has
+        come to all of them. ValueError: there is no region.
         """
-        if self._lib.nv_log(self._engine, gpa, bitmap, page, slot):
+        if self._lib.nv_log(self._engine, gpa, bitmap, touched, page, slot):
             raise ValueError(f"no region at {gpa:#x}")
 
     def log_set(self, bitmap: int, page: int, count: int) -> None:

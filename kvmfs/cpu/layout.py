@@ -240,7 +240,7 @@ def load() -> ctypes.CDLL:
         "nv_unmap": (i32, (ptr, u64)),
         "nv_window": (ptr, (ptr,)),
         "nv_invalidate": (None, (ptr, u64, u64)),
-        "nv_log": (i32, (ptr, u64, ptr, u64, u64)),
+        "nv_log": (i32, (ptr, u64, ptr, ptr, u64, u64)),
         "nv_ring_open": (ptr, (ptr, ptr, ctypes.c_uint32, ctypes.c_uint32)),
         "nv_ring_push": (None, (ptr, ptr, u64, u64, u64)),
         "nv_log_set": (None, (ptr, u64, u64)),

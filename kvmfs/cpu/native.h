@@ -121,8 +121,9 @@ typedef struct Vcpu {
 } Vcpu;
 
 // log: the dirty bitmap of slot `slot`, which the region belongs to, log_page the region's first page in it; NULL: not logged
+// touched: a bitmap like it, of the pages that the guest has come to since there is the slot; NULL: all of them
 // file, offset: what its memory is, file 0: nobody else's; shared: another region has some of the same memory
-typedef struct { u64 gpa, size; u8 *host; u64 readonly, alias; u64 *log, log_page, slot, file, offset, shared; } Region;
+typedef struct { u64 gpa, size; u8 *host; u64 readonly, alias; u64 *log, *touched, log_page, slot, file, offset, shared; } Region;
 typedef struct { u64 gpa, value; u32 size; } Walked; // a page table entry as it was before a walk
 typedef struct { u64 page, generation; bool valid; u64 bytes[4096 / 8]; } Kept; // a page of code, as it was translated
 typedef struct { u64 r, w, x, paddr, addend, pad[3]; } TlbEntry;

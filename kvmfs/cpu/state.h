@@ -236,13 +236,14 @@ void nv_invalidate(Engine *e, u64 gpa, u64 size) {
 }
 
 // The region at gpa logs into a bitmap, from bit `page` on; NULL: no more. Every translation to it is made anew.
-int nv_log(Engine *e, u64 gpa, u64 *bitmap, u64 page, u64 slot) {
+int nv_log(Engine *e, u64 gpa, u64 *bitmap, u64 *touched, u64 page, u64 slot) {
     enter(e, NULL, 1);
     settle_walk(e);
     Region *r = region_at(e, gpa);
     if (r) {
         e->nlogged += (bitmap != NULL) - (r->log != NULL);
         r->log = bitmap;
+        r->touched = touched;
         r->log_page = page;
         r->slot = slot;
         p_tlb_flush(e->cpu);

@@ -9,6 +9,7 @@
 //    entry leads to a scratch page with the bytes that the read exit brought.
 // 3. A page of a slot that logs and is not in its dirty bitmap is never writable in the TLB, so that the first store to it comes
 //    here. What the page walk itself writes (accessed and dirty bits) is found by comparing the entries before and after.
+//    The guest's first access to a page of a new slot makes it dirty, too: Linux maps it writable then (make_spte).
 // 4. Memory that is at two places is written through one of them only while there is no code of the other (see code.h).
 #pragma once
 #include "native.h"
@@ -50,6 +51,14 @@ static void mark_dirty(Engine *e, const Region *r, u64 gpa) {
 static bool is_dirty(const Region *r, u64 gpa) {
     u64 page = r->log_page + ((gpa - r->gpa) >> 12);
     return __atomic_load_n(&r->log[page >> 6], __ATOMIC_RELAXED) >> (page & 63) & 1;
+}
+
+// What the guest comes to for the first time is dirty from then on, also when it only reads.
+static void touch(Engine *e, const Region *r, u64 gpa) {
+    u64 page = r->log_page + ((gpa - r->gpa) >> 12), bit = 1ull << (page & 63);
+    if (!r->touched || r->readonly) return;
+    u64 *word = &r->touched[page >> 6];
+    if (!(__atomic_load_n(word, __ATOMIC_RELAXED) & bit) && !(__atomic_fetch_or(word, bit, __ATOMIC_RELAXED) & bit)) mark_dirty(e, r, gpa);
 }
 
 // Entries that the last walk has changed make their pages dirty; a walk that ended in a fault never came back to its caller.
@@ -109,6 +118,7 @@ static void note_walk(Engine *e, u64 va) {
         const Region *r = region_at(e, gpa);
         if (!r) return;
         memcpy(&value, r->host + (gpa - r->gpa), size);
+        if (r->log) touch(e, r, gpa);
         if (r->log && !is_dirty(r, gpa)) e->walk[e->nwalk++] = (Walked){gpa, value, size};
         if (!(value & 1) || ((value & 0x80) && shift < 39 && (size == 8 || (cr4 & 1 << 4)))) return; // absent, or a large page
         table = value & 0xfffffff000ull;
@@ -149,6 +159,7 @@ static bool fill_entry(void *cs, u64 va, int size, int access, int mmu, bool pro
         if (access == 1) t->w = (va & ~0xfffull) | TLB_INVALID | TLB_MMIO_BIT;
         return ok;
     }
+    if (r->log) touch(e, r, pa);
     if (r->readonly) {
         t->paddr |= NOT_RAM;
         if (t->w != ~0ull) t->w = (va & ~0xfffull) | TLB_INVALID | TLB_MMIO_BIT;

@@ -28,20 +28,32 @@ BITS_PER_LONG = 64
 class LogEngine(Protocol):
     """The part of the engine that logs."""
 
-    def log(self, gpa: int, bitmap: int, page: int, slot: int) -> None: ...
+    def log(self, gpa: int, bitmap: int, touched: int, page: int, slot: int) -> None: ...
     def log_set(self, bitmap: int, page: int, count: int) -> None: ...
     def log_sync(self) -> None: ...
     def log_take(self, bitmap: int, out: int, words: int, *, mask: bool) -> bool: ...
 
 
 class DirtyBitmap:
-    """``kvm_memory_slot.dirty_bitmap``: one bit for each of ``npages``; its memory appears as it is used."""
+    """``kvm_memory_slot.dirty_bitmap``: one bit for each of ``npages``; its memory appears as it is used.
 
-    def __init__(self, npages: int) -> None:
+    At ``touched`` is a second bitmap, of the pages that the guest has come to.  Linux maps a page at the guest's first access, a
+    read, too, and where it may be written maps it writable: then it is dirty (``make_spte``).  0: all pages are mapped.
+    """
+
+    def __init__(self, npages: int, *, mapped: bool = True) -> None:
         self.npages = npages
         self.words = (npages + BITS_PER_LONG - 1) // BITS_PER_LONG
         self._map = mmap.mmap(-1, self.words * 8, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+        self.touched = 0
+        if not mapped:
+            self.zap()
+
+    def zap(self) -> None:
+        """The guest has come to none of the pages: the slot is new, or at a new place."""
+        self._touched = mmap.mmap(-1, self.words * 8, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self.touched = ctypes.addressof(ctypes.c_char.from_buffer(self._touched))
 
     def fill(self) -> None:
         """All pages are dirty."""

@@ -270,8 +270,10 @@ class MemSlots:
         if not new.flags & KVM_MEM_LOG_DIRTY_PAGES:
             return None
         if old is not None and old.dirty_bitmap is not None:
+            if old.gpa != new.gpa:
+                old.dirty_bitmap.zap()
             return old.dirty_bitmap
-        bitmap = DirtyBitmap(new.size // PAGE_SIZE)
+        bitmap = DirtyBitmap(new.size // PAGE_SIZE, mapped=old is not None and old.gpa == new.gpa)
         if self.manual_dirty_log_protect & KVM_DIRTY_LOG_INITIALLY_SET:
             bitmap.fill()
         return bitmap
@@ -325,9 +327,9 @@ class MemSlots:
     def _log(self, slot: MemSlot) -> None:
         """The engine logs, or does not log any more, as the slot's bitmap says."""
         assert slot.memory is not None
-        address = 0 if slot.dirty_bitmap is None else slot.dirty_bitmap.address
+        bitmap, touched = (0, 0) if slot.dirty_bitmap is None else (slot.dirty_bitmap.address, slot.dirty_bitmap.touched)
         for at, *_ in slot.memory.pieces:
-            self.engine.log(slot.gpa + at, address, at // PAGE_SIZE, slot.id)
+            self.engine.log(slot.gpa + at, bitmap, touched, at // PAGE_SIZE, slot.id)
 
     def _hide(self, slot: MemSlot) -> None:
         assert slot.memory is not None

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from kvmfs.kvm.kvm_main import Vcpu
 
 PT_PRESENT, PT_PSE = 1, 1 << 7
-_M64 = (1 << 64) - 1
+_M64 = INVALID_GPA = (1 << 64) - 1
 _ADDRESS_64 = 0x000F_FFFF_FFFF_F000
 _HIGH = 0xFFFF << 48
 _NX = 1 << 63
@@ -58,10 +58,11 @@ def pdptrs(vcpu: Vcpu) -> tuple[int, ...]:
 def translate(vcpu: Vcpu, gva: int) -> int | None:
     """``kvm_mmu_gva_to_gpa_system``: without paging an address is its own translation, all 64 bits of it.
 
-    In long mode the bits above those that the page tables use are not looked at.
+    The one that is INVALID_GPA means that there is none.  In long mode the bits above those that the page tables
+    use are not looked at.
     """
     if not vcpu.cpu.cr0 & X.CR0_PG:
-        return gva
+        return gva if gva != INVALID_GPA else None
     if vcpu.cpu.efer & X.EFER_LMA:
         gva = gva & (1 << 48) - 1 | (_HIGH if gva >> 47 & 1 else 0)
     return gva_to_gpa(vcpu, gva)

@@ -10,7 +10,7 @@ from kvmfs.abi.exits import KVM_EXIT_HLT, KVM_EXIT_IO
 from kvmfs.kvm import dirty_log
 from kvmfs.kvm.kvm_main import VM_INODE
 from tests.unit.fake_client import ARG
-from tests.unit.machine import RAM, Machine, error
+from tests.unit.machine import CODE, RAM, Machine, error
 
 LOG = 1
 PAGES = RAM >> 12
@@ -80,6 +80,21 @@ def test_get(machine):
     assert m.region(0, LOG, 0, RAM, 0) == 0
     run_to_hlt(m)
     assert get(m) == (0, [2])
+
+
+def test_first_access_in_a_new_slot(machine):
+    """Linux maps what the guest comes to writable, and calls it dirty: code, and what is only read, too."""
+    m = machine(STORES)
+    assert m.region(0, 0, 0, 0, 0) == 0
+    assert m.region(0, LOG, 0, RAM, 0) == 0
+    m.vm.memslots.read(0x9000, 8)       # the machine's own reads map nothing
+    run_to_hlt(m)
+    assert get(m) == (0, [2, 3, 4, 6, 7, CODE >> 12])
+    assert get(m) == (0, [])
+    run_to_hlt(m)
+    assert get(m) == (0, [2])
+    run_to_hlt(m)                       # the loop again: nothing is new
+    assert get(m) == (0, [2, 3, 4, 7])
 
 
 def test_errors(machine):

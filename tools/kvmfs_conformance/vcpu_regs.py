@@ -388,10 +388,10 @@ def set_lapic(t: Trial) -> None:
 
 @case("KVM_TRANSLATE", VCPU, "without paging")
 def translate_flat(t: Trial) -> None:
-    for at in (0, 0x12345, 0xFFFFFFF0):
+    for at, valid in ((0, 1), (0x12345, 1), (0xFFFFFFF0, 1), ((1 << 64) - 1, 0)):       # the last is INVALID_GPA
         tr = KvmTranslation(linear_address=at)
         t.need(f"{at:#x}", t.ioctl(t.vcpu, "KVM_TRANSLATE", tr))
-        t.equal(f"{at:#x}: itself", (tr.physical_address, tr.valid), (at, 1))
+        t.equal(f"{at:#x}: itself", (tr.physical_address, tr.valid), (at, valid))
         t.equal(f"{at:#x}: writeable, not user", (tr.writeable, tr.usermode), (1, 0))
 
 
