@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Descriptors for clients under ``kvmfs run``, which may be traced: their descriptor-making ioctls come here.
+"""System calls of clients under ``kvmfs run`` that a seccomp filter holds before they enter the kernel.
 
-A seccomp filter holds such an ioctl before it enters the kernel.  What it is on decides: the node (a new VM), a
-file of a VM (its worker carries the ioctl out), or something of the machine's, which then goes its usual way.
+Of an ioctl that makes a descriptor, what it is on decides: the node (a new VM), a file of a VM (its worker carries the
+ioctl out), or something of the machine's, which then goes its usual way.  A private or executable mapping of a vCPU's
+dirty ring is refused, as ``kvm_vcpu_mmap`` does.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ import threading
 from typing import TYPE_CHECKING
 
 from kvmd.link import Link, LinkError
-from kvmd.vms import identity_of
+from kvmd.vms import identity_of, size_of
 from kvmfs.abi.ioctls import KVM_CREATE_DEVICE
 from kvmfs.client.notify import Notification, Notifier
 from kvmfs.client.process import Process
+from kvmfs.client.syscalls import SYS_MMAP
 
 if TYPE_CHECKING:
     from kvmd.node import Node
@@ -84,10 +86,10 @@ class NotifyServer:
                     self._handle(notifier, note)
                 except OSError as error:
                     if error.errno != errno.ENOENT:
-                        log.info("ioctl %#x of thread %d: %s", note.cmd, note.tid, error)
+                        log.info("held call %d (%#x) of thread %d: %s", note.nr, note.cmd, note.tid, error)
                     self._refuse(notifier, note, error.errno or errno.EIO)
                 except Exception:
-                    log.exception("ioctl %#x of thread %d failed; the client gets EIO", note.cmd, note.tid)
+                    log.exception("held call %d (%#x) of thread %d failed; the client gets EIO", note.nr, note.cmd, note.tid)
                     self._refuse(notifier, note, errno.EIO)
         finally:
             notifier.close()
@@ -113,8 +115,15 @@ class NotifyServer:
             if not notifier.valid(note.id):
                 return
             device, inode = identity_of(fd)
+            in_file = note.nr == SYS_MMAP and note.offset < size_of(fd)
         finally:
             os.close(fd)
+        if note.nr == SYS_MMAP:
+            if in_file and self._vms.by_device(device) is not None:
+                notifier.respond(note.id, 0, errno.EINVAL)
+            else:
+                notifier.cont(note.id)
+            return
         if device == self._node.device:
             request = NotifiedRequest(notifier, note, inode)
             outcome = self._node.dispatcher.ioctl(request)

@@ -32,17 +32,30 @@ log = logging.getLogger("kvmd.vms")
 
 AT_EMPTY_PATH, AT_STATX_DONT_SYNC = 0x1000, 0x4000
 _STATX_INODE, _STATX_INODE_AT = struct.Struct("<Q"), 32
+_STATX_SIZED, _STATX_SIZED_AT = struct.Struct("<Q"), 40
 _STATX_DEVICE, _STATX_DEVICE_AT = struct.Struct("<II"), 136
 _STATX_SIZE = 256
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def identity_of(fd: int) -> tuple[int, int]:
-    """Device and inode of a descriptor.  Nothing is asked of a server, which may not run yet, or be this process."""
+def _statx(fd: int) -> ctypes.Array[ctypes.c_char]:
+    """What the kernel knows.  Nothing is asked of a server, which may not run yet, or be this process."""
     buffer = ctypes.create_string_buffer(_STATX_SIZE)
     if _libc.statx(fd, b"", AT_EMPTY_PATH | AT_STATX_DONT_SYNC, 0, buffer) < 0:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code), "statx")
+    return buffer
+
+
+def size_of(fd: int) -> int:
+    """Size in bytes of a descriptor's file, as the kernel knows it: a vCPU's file ends with its dirty ring."""
+    size: int = _STATX_SIZED.unpack_from(_statx(fd), _STATX_SIZED_AT)[0]
+    return size
+
+
+def identity_of(fd: int) -> tuple[int, int]:
+    """Device and inode of a descriptor, as the kernel knows them."""
+    buffer = _statx(fd)
     inode, = _STATX_INODE.unpack_from(buffer, _STATX_INODE_AT)
     return os.makedev(*_STATX_DEVICE.unpack_from(buffer, _STATX_DEVICE_AT)), inode
 

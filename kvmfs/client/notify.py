@@ -1,25 +1,38 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Seccomp user notification: descriptors for a client that another program traces.
+"""Seccomp user notification: what FUSE alone cannot do for a client.
 
 `kvmfs run` installs a filter in its child before execve. The KVM ioctls that make a descriptor then do not
 enter the kernel: they come to whoever holds the listener, which carries them out and adds the descriptor
-natively (seccomp_unotify(2)). All other system calls pass at the cost of the filter, all other ioctls reach
-the FUSE node.
+natively (seccomp_unotify(2)), also for a client that another program traces. So do private and executable
+mappings at the place of a vCPU's dirty ring, which kvm_vcpu_mmap refuses: FUSE hands the mmap of a passthrough
+file to the backing file without asking the server. All other system calls pass at the cost of the filter.
 """
 
 import ctypes
 import errno
 import fcntl
+import mmap
 import os
 import struct
 from dataclasses import dataclass
 from typing import Final
 
-from kvmfs.client.syscalls import SYS_IOCTL, SYS_SECCOMP, prctl, syscall
+from kvmfs.abi.exits import KVM_DIRTY_LOG_PAGE_OFFSET
+from kvmfs.abi.x86 import KVM_DIRTY_RING_MAX_ENTRIES, PAGE_SIZE
+from kvmfs.client.syscalls import SYS_IOCTL, SYS_MMAP, SYS_SECCOMP, prctl, syscall
 
 KVMIO: Final = 0xAE
 # _IOC_NR of KVM_CREATE_VM, _VCPU, _DEVICE, KVM_GET_STATS_FD, KVM_CREATE_GUEST_MEMFD.
 DESCRIPTOR_IOCTLS: Final = (0x01, 0x41, 0xE0, 0xCE, 0xD4)
+
+MAP_TYPE: Final = 0x0F
+MAP_FIXED: Final = 0x10
+
+# Where the rings lie in a vCPU's file, in bytes; an entry (struct kvm_dirty_gfn) has 16.
+RING_START: Final = KVM_DIRTY_LOG_PAGE_OFFSET * PAGE_SIZE
+RING_END: Final = RING_START + KVM_DIRTY_RING_MAX_ENTRIES * 16
+# Mappings of dynamic linkers have one of the latter two.
+_NOT_OF_A_RING: Final = mmap.MAP_ANONYMOUS | mmap.MAP_DENYWRITE | MAP_FIXED
 
 SECCOMP_SET_MODE_FILTER: Final = 1
 SECCOMP_FILTER_FLAG_NEW_LISTENER: Final = 1 << 3
@@ -38,51 +51,111 @@ PR_SET_NO_NEW_PRIVS: Final = 38
 _BPF_LD: Final = 0x20  # 32-bit word at an offset of struct seccomp_data
 _BPF_AND: Final = 0x54
 _BPF_JEQ: Final = 0x15
+_BPF_JGE: Final = 0x35
 _BPF_RET: Final = 0x06
 _NR: Final = 0
 _ARCH: Final = 4
-_ARG1: Final = 24  # the low half: ioctl's command has 32 bits
 
 _NOTIF: Final = struct.Struct("<QIIiIQ6Q")  # struct seccomp_notif
 _RESPONSE: Final = struct.Struct("<QqiI")  # struct seccomp_notif_resp
 _ADDFD: Final = struct.Struct("<QIIII")  # struct seccomp_notif_addfd
 
 
+def _arg(index: int) -> int:
+    """Where the low half of an argument lies in struct seccomp_data; the high one lies 4 after it."""
+    return 16 + 8 * index
+
+
 @dataclass(frozen=True, slots=True)
 class Notification:
-    """A held ioctl of thread `tid` (0: not in our pid namespace) on its descriptor `fd`."""
+    """A held system call of thread `tid` (0: not in our pid namespace), its number and its six arguments."""
 
     id: int
     tid: int
-    fd: int
-    cmd: int
-    arg: int
+    nr: int
+    args: tuple[int, ...]
+
+    @property
+    def fd(self) -> int:
+        """The descriptor that the call is about."""
+        return self.args[4 if self.nr == SYS_MMAP else 0] & 0xFFFFFFFF
+
+    @property
+    def cmd(self) -> int:
+        """An ioctl's number."""
+        return self.args[1] & 0xFFFFFFFF
+
+    @property
+    def arg(self) -> int:
+        """An ioctl's argument."""
+        return self.args[2]
+
+    @property
+    def offset(self) -> int:
+        """Where an mmap begins in its file, in bytes."""
+        return self.args[5]
+
+
+class _Program:
+    """A BPF program whose jumps name labels; `allow` and `notify` end it."""
+
+    def __init__(self) -> None:
+        self._code: list[tuple[int, str, str, int]] = []
+        self._labels: dict[str, int] = {}
+
+    def label(self, name: str) -> None:
+        self._labels[name] = len(self._code)
+
+    def load(self, offset: int, mask: int | None = None) -> None:
+        self._code.append((_BPF_LD, "", "", offset))
+        if mask is not None:
+            self._code.append((_BPF_AND, "", "", mask))
+
+    def jump(self, value: int, *, yes: str = "", no: str = "", kind: int = _BPF_JEQ) -> None:
+        """Compare the loaded word with `value`; the side that is not named goes on behind this instruction."""
+        self._code.append((kind, yes, no, value))
+
+    def always(self, name: str) -> None:
+        self._code.append((_BPF_JGE, name, name, 0))
+
+    def build(self) -> bytes:
+        for name, verdict in (("allow", SECCOMP_RET_ALLOW), ("notify", SECCOMP_RET_USER_NOTIF)):
+            self.label(name)
+            self._code.append((_BPF_RET, "", "", verdict))
+
+        def distance(name: str, index: int) -> int:
+            return self._labels[name] - index - 1 if name else 0
+
+        return b"".join(struct.pack("<HBBI", kind, distance(yes, index), distance(no, index), value)
+                        for index, (kind, yes, no, value) in enumerate(self._code))
 
 
 def filter_program() -> bytes:
-    """The BPF program (struct sock_filter[]): notify for DESCRIPTOR_IOCTLS, allow everything else."""
-    allow = 6 + len(DESCRIPTOR_IOCTLS)
-    notify = allow + 1
-    code: list[tuple[int, int, int, int]] = []
-
-    def jump_unless(value: int, target: int) -> None:
-        code.append((_BPF_JEQ, 0, target - len(code) - 1, value))
-
-    def jump_if(value: int, target: int) -> None:
-        code.append((_BPF_JEQ, target - len(code) - 1, 0, value))
-
+    """The BPF program (struct sock_filter[]): notify for DESCRIPTOR_IOCTLS and forbidden mappings of a ring."""
+    program = _Program()
     # x32 calls have another number (bit 30), 32-bit ones another architecture: neither is notified.
-    code.append((_BPF_LD, 0, 0, _ARCH))
-    jump_unless(AUDIT_ARCH_X86_64, allow)
-    code.append((_BPF_LD, 0, 0, _NR))
-    jump_unless(SYS_IOCTL, allow)
-    code.append((_BPF_LD, 0, 0, _ARG1))
-    code.append((_BPF_AND, 0, 0, 0xFFFF))
+    program.load(_ARCH)
+    program.jump(AUDIT_ARCH_X86_64, no="allow")
+    program.load(_NR)
+    program.jump(SYS_MMAP, yes="mmap")
+    program.jump(SYS_IOCTL, no="allow")
+    program.load(_arg(1), 0xFFFF)
     for nr in DESCRIPTOR_IOCTLS:
-        jump_if(KVMIO << 8 | nr, notify)
-    code.append((_BPF_RET, 0, 0, SECCOMP_RET_ALLOW))
-    code.append((_BPF_RET, 0, 0, SECCOMP_RET_USER_NOTIF))
-    return b"".join(struct.pack("<HBBI", *insn) for insn in code)
+        program.jump(KVMIO << 8 | nr, yes="notify")
+    program.always("allow")
+    program.label("mmap")
+    program.load(_arg(3), _NOT_OF_A_RING)
+    program.jump(0, no="allow")
+    program.load(_arg(5) + 4)
+    program.jump(0, no="allow")
+    program.load(_arg(5))
+    program.jump(RING_START, no="allow", kind=_BPF_JGE)
+    program.jump(RING_END, yes="allow", kind=_BPF_JGE)
+    program.load(_arg(3), MAP_TYPE)
+    program.jump(mmap.MAP_PRIVATE, yes="notify")
+    program.load(_arg(2), mmap.PROT_EXEC)
+    program.jump(0, no="notify")
+    return program.build()
 
 
 def install_filter() -> int:
@@ -118,7 +191,7 @@ def install_filter() -> int:
 
 
 class Notifier:
-    """The supervisor's side. A held ioctl must get exactly one of add_fd_and_return, respond, cont.
+    """The supervisor's side. A held call must get exactly one of add_fd_and_return, respond, cont.
 
     OSError ENOENT from those: the caller is gone or its call was interrupted, there is nothing to answer.
     """
@@ -132,11 +205,11 @@ class Notifier:
         return self.listener
 
     def recv(self) -> Notification:
-        """Wait for the next held ioctl. OSError ENOENT: its caller died, or nobody uses the filter any more."""
+        """Wait for the next held call. OSError ENOENT: its caller died, or nobody uses the filter any more."""
         buffer = bytearray(_NOTIF.size)  # the kernel insists on zeros
         fcntl.ioctl(self.listener, SECCOMP_IOCTL_NOTIF_RECV, buffer, True)
-        ident, tid, _flags, _nr, _arch, _ip, fd, cmd, arg, *_ = _NOTIF.unpack(buffer)
-        return Notification(ident, tid, fd & 0xFFFFFFFF, cmd & 0xFFFFFFFF, arg)
+        ident, tid, _flags, nr, _arch, _ip, *args = _NOTIF.unpack(buffer)
+        return Notification(ident, tid, nr, tuple(args))
 
     def add_fd_and_return(self, ident: int, fd: int, *, cloexec: bool = True) -> int:
         """Give the caller a duplicate of `fd` as its ioctl's result; returns the number, its lowest free one.
@@ -161,11 +234,11 @@ class Notifier:
         return self._add(_ADDFD.pack(ident, 0, fd, 0, os.O_CLOEXEC if cloexec else 0))
 
     def respond(self, ident: int, result: int, error: int = 0) -> None:
-        """Let the ioctl return `result`, or -1 with errno `error` when that is not 0."""
+        """Let the call return `result`, or -1 with errno `error` when that is not 0."""
         self._send(_RESPONSE.pack(ident, 0 if error else result, -error, 0))
 
     def cont(self, ident: int) -> None:
-        """Let the kernel carry the ioctl out after all: it was on a descriptor that is none of ours."""
+        """Let the kernel carry the call out after all: it was on a descriptor that is none of ours."""
         self._send(_RESPONSE.pack(ident, 0, 0, SECCOMP_USER_NOTIF_FLAG_CONTINUE))
 
     def valid(self, ident: int) -> bool:

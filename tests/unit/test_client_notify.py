@@ -16,6 +16,7 @@ from collections.abc import Callable
 import pytest
 
 from kvmfs.client.notify import Notification, Notifier, install_filter
+from kvmfs.client.syscalls import SYS_MMAP
 
 CREATE_VM = 0xAE01
 CLIENT = """
@@ -99,6 +100,47 @@ def test_descriptors(traced: bool) -> None:
     assert [(held.cmd, held.arg, held.fd) for held in seen[:2]] == [(CREATE_VM, 5, 3), (0xAE41, 6, 3)]
     assert len(seen) == 3 and all(held.tid == seen[0].tid for held in seen)
     os.close(memfd)
+
+
+MAPPINGS = """
+import os, sys, tempfile
+from mmap import ALLOCATIONGRANULARITY, MAP_DENYWRITE, MAP_PRIVATE, MAP_SHARED, PROT_EXEC, PROT_READ, PROT_WRITE, mmap
+file = tempfile.TemporaryFile()
+file.truncate(3 << 20)
+PAGE, RING, END = ALLOCATIONGRANULARITY, 64 * 4096, (64 + 256) * 4096
+print(file.fileno())
+for flags, protection, offset in (
+        (MAP_PRIVATE, PROT_READ, RING), (MAP_PRIVATE, PROT_READ | PROT_WRITE, END - PAGE),
+        (MAP_SHARED, PROT_READ | PROT_EXEC, RING), (MAP_PRIVATE, PROT_READ, RING - PAGE), (MAP_PRIVATE, PROT_READ, END),
+        (MAP_SHARED, PROT_READ | PROT_WRITE, RING), (MAP_PRIVATE | MAP_DENYWRITE, PROT_READ | PROT_EXEC, RING)):
+    try:
+        mmap(file.fileno(), PAGE, flags, protection, offset=offset)
+        print("mapped")
+    except OSError as e:
+        print("errno", e.errno)
+"""
+
+
+def test_mappings_of_a_dirty_ring() -> None:
+    """Held: private or executable ones where a ring may be, but not those of a dynamic linker."""
+    seen: list[Notification] = []
+
+    def handle(held: Notification) -> None:
+        seen.append(held)
+        if len(seen) == 1:
+            notifier.respond(held.id, 0, errno.EINVAL)
+        else:
+            notifier.cont(held.id)
+
+    client, notifier = start(sys.executable, "-c", MAPPINGS)
+    server = serve(notifier, handle)
+    out, _ = client.communicate(timeout=20)
+    server.join(5)
+    notifier.close()
+    number, *results = out.splitlines()
+    assert results == [f"errno {errno.EINVAL}", *["mapped"] * 6]
+    assert [(held.nr, held.fd, held.offset) for held in seen] == [
+        (SYS_MMAP, int(number), offset) for offset in (64 * 4096, 319 * 4096, 64 * 4096)]
 
 
 # Runs a program under ptrace, letting every stop go on.
