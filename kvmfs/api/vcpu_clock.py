@@ -22,8 +22,9 @@ U32_MAX = (1 << 32) - 1
 
 
 def set_tsc_khz(vcpu: Vcpu, req: RequestLike) -> int:
-    """KVM_SET_TSC_KHZ (api.rst 4.55); 0: the host's.  EINVAL: slower than the host, which needs TSC scaling."""
-    if not kvmclock.set_tsc_khz(vcpu, req.arg & U32_MAX or tsc.tsc_khz()):
+    """KVM_SET_TSC_KHZ (api.rst 4.55); 0: the host's.  EINVAL: TSC scaling cannot make it."""
+    khz = req.arg & U32_MAX
+    if khz >= vcpu.vm.vendor.tsc_scaling.max_khz or not kvmclock.set_tsc_khz(vcpu, khz or tsc.tsc_khz()):
         raise KvmError(errno.EINVAL)
     return 0
 

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import errno
 import struct
 from typing import TYPE_CHECKING
 
+from kvmfs.errors import KvmError
 from kvmfs.kvm import kvmclock, tsc
 
 if TYPE_CHECKING:
@@ -28,7 +30,9 @@ def set_clock(vm: Vm, req: RequestLike) -> int:
 
 
 def set_tsc_khz(vm: Vm, req: RequestLike) -> int:
-    """KVM_SET_TSC_KHZ on a VM (api.rst 4.55): the frequency of vCPUs to come; 0: the host's."""
+    """KVM_SET_TSC_KHZ on a VM (api.rst 4.55): the frequency of vCPUs to come; 0: the host's.  EINVAL: too fast."""
+    if req.arg & U32_MAX >= vm.vendor.tsc_scaling.max_khz:
+        raise KvmError(errno.EINVAL)
     vm.arch.clock.default_tsc_khz = req.arg & U32_MAX or tsc.tsc_khz()
     return 0
 

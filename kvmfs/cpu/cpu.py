@@ -68,6 +68,7 @@ _SEGMENT: Final = Struct("<I4xQII").iter_unpack  # SegmentState
 _SEGMENTS_AT: Final = _offset(CpuState, "segs")
 _TABLES_AT: Final = _offset(CpuState, "gdt")  # the IDT and the control registers follow
 _TABLES: Final = Struct("<8xQI4x8xQI4x5Q").unpack_from
+_MASK64: Final = (1 << 64) - 1
 _HF2_GIF, _HF2_NMI, _HF2_VINTR_MASKING = 1, 4, 8
 
 
@@ -93,6 +94,7 @@ class Cpu(StateFields):
         self._ptr = ctypes.c_void_p(pointer)
         self._info = VcpuInfo.from_address(pointer)
         self._has_error_code = False
+        self._tsc_ratio, self._tsc_frac_bits = 1, 0
         self.exit = self._info.exit
         self.data = memoryview(self.exit.data).cast("B")
         self._io_view = memoryview(self.exit).cast("B")
@@ -218,9 +220,26 @@ class Cpu(StateFields):
         self._info.pend = 0
 
     def host_tsc(self) -> int:
-        """The host's time stamp counter now; the guest's is this plus :attr:`tsc_offset`."""
+        """The host's time stamp counter now."""
         value: int = self._lib.nv_host_tsc()
         return value
+
+    def guest_tsc(self, host_tsc: int | None = None) -> int:
+        """The guest's time stamp counter when the host's is ``host_tsc``, or now."""
+        return self.scale_tsc(self.host_tsc() if host_tsc is None else host_tsc) + self._s.tsc_offset & _MASK64
+
+    def scale_tsc(self, cycles: int) -> int:
+        """How far the guest's TSC comes in that many cycles of the host's (``kvm_scale_tsc``)."""
+        return cycles * self._tsc_ratio >> self._tsc_frac_bits & _MASK64
+
+    def unscale_tsc(self, cycles: int) -> int:
+        """How many cycles of the host's TSC that many of the guest's take."""
+        return (cycles << self._tsc_frac_bits) // self._tsc_ratio
+
+    def set_tsc_ratio(self, ratio: int, frac_bits: int) -> None:
+        """TSC scaling: the guest's TSC counts ``ratio`` / 2**``frac_bits`` times as fast as the host's; ``ratio`` is u64, not 0."""
+        self._lib.nv_scale_tsc(self._ptr, ratio, frac_bits)
+        self._tsc_ratio, self._tsc_frac_bits = ratio, frac_bits
 
     @property
     def completion_pending(self) -> bool:

@@ -49,6 +49,23 @@ static void vmexit(Vcpu *v, u32 code) {
     leave(v, EXIT_SVM);
 }
 
+// RDTSC or RDTSCP of a guest whose TSC has a speed of its own, at its intercept.
+static void read_tsc(Vcpu *v) {
+    Engine *e = v->e;
+    u8 b[2] = {0};
+    int length = prefix_length(e, e->env) + 2;
+    guest_fetch(e, e->env, F(Seg, SEGS + 24).base + F(u64, EIP) + length - 2, b, 2);
+    u64 now = (u64)((unsigned __int128)__builtin_ia32_rdtsc() * v->tsc_ratio >> v->tsc_frac_bits) + F(u64, TSC_OFFSET);
+    REGS(e->env)[0] = (u32)now;
+    REGS(e->env)[2] = now >> 32;
+    if (b[1] == 1) { // 0F 01 F9: RDTSCP
+        REGS(e->env)[1] = (u32)F(u64, TSC_AUX);
+        length++;
+    }
+    int kind = skip(v, length);
+    if (kind || v->exc_vector == 1 || v->alone) leave(v, kind);
+}
+
 static void h_intr(void *uc, u32 no, void *user) {
     (void)uc;
     (void)user;
@@ -59,6 +76,10 @@ static void h_intr(void *uc, u32 no, void *user) {
     if (no >= EXCP_VMEXIT) {
         u32 code = no - EXCP_VMEXIT;
         if (code == 0x64) v->window = 0;
+        if (code == EXIT_CODE_RDTSC && v->tsc_ratio) {
+            read_tsc(v);
+            return;
+        }
         if (code == 0x46) {
             // Every #UD is intercepted, else Unicorn ends; VMCALL is one for it, as on AMD's CPUs.
             u8 b[3];

@@ -259,6 +259,7 @@ def load() -> ctypes.CDLL:
         "nv_fxsave": (None, (ptr, ptr)),
         "nv_fxrstor": (None, (ptr, ptr)),
         "nv_host_tsc": (u64, ()),
+        "nv_scale_tsc": (None, (ptr, u64, ctypes.c_uint32)),
         "nv_clock_and_tsc": (u64, (i32, ptr)),
     }
     for name, (result, arguments) in prototypes.items():

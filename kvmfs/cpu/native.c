@@ -39,6 +39,7 @@ static Engine *engine_of(void *cs) {
 }
 
 _Noreturn static void leave(Vcpu *v, int kind);
+static int skip(Vcpu *v, int len);
 static void stop(Vcpu *v, atomic_int *why);
 static Region *region_at(Engine *e, u64 gpa);
 #include "blocks.h"
@@ -361,7 +362,8 @@ static void arm(Vcpu *v) {
     Engine *e = v->e;
     u32 irq = v->nmi ? IRQ_NMI : 0;
     usable_tss(e);
-    F(u64, INTERCEPT) &= ~(u64)ICPT_VINTR;
+    F(u64, INTERCEPT) &= ~(u64)(ICPT_VINTR | ICPT_RDTSC);
+    if (v->tsc_ratio) F(u64, INTERCEPT) |= ICPT_RDTSC;
     if (v->exc_vector >= 0) irq |= IRQ_OURS;
     if (v->intr_vector >= 0) {
         *(u32 *)(v->vmcb + VMCB_INT_VECTOR) = v->intr_vector;

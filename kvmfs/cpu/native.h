@@ -19,8 +19,8 @@ enum { // CPUX86State, from env
     SYSENTER_CS = 4800, SYSENTER_ESP = 4808, SYSENTER_EIP = 4816,
     TR = 352, IDT = 400, CR = 424, EFER = 592, FPSTT = 604, FPUS = 608, FPUC = 610, FPTAGS = 612, FPREGS = 624,
     FPOP = 752, FPIP = 760, FPDP = 768, MXCSR = 816, XMM = 824, STAR = 4824, LSTAR = 4840, CSTAR = 4848,
-    FMASK = 4856, ERROR_CODE = 5384, IS_INT = 5388, NEXT_EIP = 5392, DR = 5400, OLD_EXCEPTION = 5496,
-    VM_VMCB = 5504, INTERCEPT = 5520, ICEPT_EXC = 5536, STATE_SIZE = 5568,
+    FMASK = 4856, TSC_AUX = 4896, ERROR_CODE = 5384, IS_INT = 5388, NEXT_EIP = 5392, DR = 5400, OLD_EXCEPTION = 5496,
+    VM_VMCB = 5504, TSC_OFFSET = 5512, INTERCEPT = 5520, ICEPT_EXC = 5536, STATE_SIZE = 5568,
     CPUID_VENDOR = 5616,     // its first four letters, by which the translator knows SYSENTER and SYSEXIT in 64-bit code
     XSAVE_FEATURES = 5784,   // features[FEAT_XSAVE]
     XSAVE_COMPONENTS = 5800, // features[FEAT_XSAVE_COMP_LO]: what XSETBV lets into XCR0
@@ -42,7 +42,7 @@ enum { // CPUX86State, from env
 enum { HF_CPL = 3, HF_INHIBIT = 8, HF_CS32 = 1 << 4, HF_SS32 = 1 << 5, HF_ADDSEG = 1 << 6, HF_VM = 1 << 17, HF_PE = 1 << 7, HF_LMA = 1 << 14, HF_CS64 = 1 << 15 };
 enum { FL_TF = 0x100, FL_IF = 0x200, FL_DF = 0x400, FL_IOPL = 0x3000, FL_RF = 0x10000, FL_VM = 0x20000 };
 enum { IRQ_VIRQ = 0x100, IRQ_NMI = 0x200, IRQ_OURS = 0x10000 }; // the last is no bit of QEMU's
-enum { ICPT_VINTR = 1 << 4 };
+enum { ICPT_VINTR = 1 << 4, ICPT_RDTSC = 1 << 14, EXIT_CODE_RDTSC = 0x6e };
 enum { PDPTRS = 0x3000, VMCB_INT_VECTOR = 0x64, VMCB_INFO2 = 0x80 };
 enum { VENDOR_AMD = 0x68747541, VENDOR_INTEL = 0x756e6547 };
 enum { XSAVE_XGETBV1 = 4 };
@@ -113,6 +113,8 @@ typedef struct Vcpu {
     int nknown, npages, nev, evpos;
     int owed;             // the next turn comes at once
     int cr3_away;         // CR3 is where those entries are, for the length of a page walk
+    u64 tsc_ratio;        // the guest's TSC is the host's times this >> tsc_frac_bits, plus its offset; 0: times 1
+    u32 tsc_frac_bits;
     int alone, restep;    // an instruction is executed by itself; the next one is to be
     u64 hits, trap;       // causes of a #DB that comes after the instruction: data breakpoints; single step
     u64 cross_va, cross_n, cross_ra;

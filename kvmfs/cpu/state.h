@@ -389,6 +389,13 @@ void nv_fxrstor(Vcpu *v, const u8 *b) {
 
 u64 nv_host_tsc(void) { return __builtin_ia32_rdtsc(); }
 
+// The vCPU's TSC runs ratio / 2^frac_bits times as fast as the host's; it does not run now. Another speed than the host's makes RDTSC
+// slower: it is intercepted.
+void nv_scale_tsc(Vcpu *v, u64 ratio, u32 frac_bits) {
+    v->tsc_ratio = ratio != 1ull << frac_bits ? ratio : 0;
+    v->tsc_frac_bits = frac_bits;
+}
+
 // A clock in nanoseconds and the TSC at the same moment: the closest of a few readings.
 u64 nv_clock_and_tsc(int clock, u64 *tsc) {
     u64 best = ~0ull, ns = 0;

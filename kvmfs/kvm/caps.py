@@ -148,6 +148,8 @@ SUPPORTED: dict[int, int | Callable[[], int]] = {
     # Linux 6.12 fills kvm_run.memory_fault for private memory only: in a plain VM EFAULT comes with KVM_EXIT_UNKNOWN.
     K.KVM_CAP_MEMORY_FAULT_INFO: 1,
     K.KVM_CAP_PRE_FAULT_MEMORY: 1,
+    K.KVM_CAP_TSC_CONTROL: 1,
+    K.KVM_CAP_VM_TSC_CONTROL: 1,
 }
 """number → value, or what computes it."""
 
@@ -159,7 +161,6 @@ _PMU = "no PMU"
 ABSENT: dict[int, str] = {
     K.KVM_CAP_SYNC_MMU: "a client's later mmap or munmap in a slot's range is not followed",
     K.KVM_CAP_XEN_HVM: "no Xen guests",
-    K.KVM_CAP_TSC_CONTROL: "no TSC scaling",
     K.KVM_CAP_X86_SMM: "no system management mode",
     K.KVM_CAP_MULTI_ADDRESS_SPACE: "the second address space is SMM's",
     K.KVM_CAP_NESTED_STATE: "no nested guests",
@@ -172,7 +173,6 @@ ABSENT: dict[int, str] = {
     K.KVM_CAP_VM_COPY_ENC_CONTEXT_FROM: _SEV,
     K.KVM_CAP_VM_MOVE_ENC_CONTEXT_FROM: _SEV,
     K.KVM_CAP_PMU_CAPABILITY: _PMU,
-    K.KVM_CAP_VM_TSC_CONTROL: "no TSC scaling",
     K.KVM_CAP_X86_NOTIFY_VMEXIT: _ENABLE,
     K.KVM_CAP_VM_DISABLE_NX_HUGE_PAGES: _ENABLE,
     K.KVM_CAP_DIRTY_LOG_RING_WITH_BITMAP: "only for architectures whose devices write without a vCPU; x86 says 0, too",

@@ -31,7 +31,7 @@ class VcpuMsrs:
         if index in _BASES:
             return int(cpu.segment(_BASES[index])[1])
         if index == M.MSR_IA32_TSC:
-            return (cpu.host_tsc() + cpu.tsc_offset) & _M64
+            return cpu.guest_tsc()
         return int(cpu.efer) if index == M.MSR_EFER else self._vcpu.arch.apic_base
 
     def write(self, index: int, value: int, host_initiated: bool) -> bool:

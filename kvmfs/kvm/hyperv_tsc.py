@@ -90,6 +90,4 @@ class ReferenceTsc:
         """``get_time_ref_counter``: HV_X64_MSR_TIME_REF_COUNT, in 100 ns."""
         if self.status != SET:
             return kvmclock.get_kvmclock(self._vm).clock // 100
-        cpu = self._vm.vcpus[0].cpu
-        guest_tsc = cpu.host_tsc() + cpu.tsc_offset & _M64
-        return (guest_tsc * self._scale >> 64) + self._offset & _M64
+        return (self._vm.vcpus[0].cpu.guest_tsc() * self._scale >> 64) + self._offset & _M64

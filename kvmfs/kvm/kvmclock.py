@@ -78,7 +78,6 @@ class VcpuClock:
     def __init__(self) -> None:
         self.virtual_tsc_khz = 0
         self.virtual_tsc_scale = Scale(0, 0)    # nanoseconds to cycles
-        self.tsc_always_catchup = False
         self.this_tsc_generation = self.this_tsc_nsec = self.this_tsc_write = 0
         self.time = 0                           # MSR_KVM_SYSTEM_TIME
         self.pv_time_gpa: int | None = None     # where the guest wants its clock
@@ -98,21 +97,19 @@ class ClockData(NamedTuple):
 # ---- the TSC ---------------------------------------------------------------------------------------------
 
 def set_tsc_khz(vcpu: Vcpu, khz: int) -> bool:
-    """``kvm_set_tsc_khz`` without TSC scaling.
+    """``kvm_set_tsc_khz``.  False: TSC scaling cannot make it.
 
-    A frequency that is the host's, give or take 250 ppm, is the host's; a higher one is reached by moving the
-    TSC forward at each entry; a lower one cannot be had: False.
+    A frequency that is the host's, give or take 250 ppm, is the host's.
     """
     clock, host = vcpu.arch.clock, tsc.tsc_khz()
     clock.virtual_tsc_scale = time_scale(khz * 1000, NSEC_PER_SEC)
     clock.virtual_tsc_khz = khz
     low, high = (host * (10**6 + ppm) // 10**6 for ppm in (-tsc.TSC_TOLERANCE_PPM, tsc.TSC_TOLERANCE_PPM))
-    if low <= khz <= high:
-        return True
-    if khz <= host:
+    scaling = vcpu.vm.vendor.tsc_scaling
+    ratio = 1 << scaling.frac_bits if low <= khz <= high else scaling.ratio(khz)
+    if ratio is None:
         return False
-    clock.tsc_always_catchup = True
-    vcpu.request_work(guest_time_update)
+    vcpu.cpu.set_tsc_ratio(ratio, scaling.frac_bits)
     return True
 
 
@@ -131,7 +128,7 @@ def synchronize_tsc(vcpu: Vcpu, value: int | None) -> None:
     data = value or 0
     with clock.lock:
         ns, host_tsc = tsc.kvmclock_base()
-        offset = data - host_tsc & M64
+        offset = data - vcpu.cpu.scale_tsc(host_tsc) & M64
         synchronizing = False
         if mine.virtual_tsc_khz:
             if data == 0:
@@ -176,7 +173,7 @@ def forget_vcpu(vcpu: Vcpu) -> None:
 
 
 def get_tsc_offset(vcpu: Vcpu) -> int:
-    """KVM_VCPU_TSC_OFFSET: the guest's TSC less the host's, u64."""
+    """KVM_VCPU_TSC_OFFSET: the guest's TSC less the host's, which is scaled, u64."""
     return int(vcpu.cpu.tsc_offset)
 
 
@@ -187,7 +184,7 @@ def set_tsc_offset(vcpu: Vcpu, offset: int) -> None:
         matched = bool(khz) and clock.last_tsc_khz == khz and clock.last_tsc_offset == offset
         ns, host_tsc = tsc.kvmclock_base()
         clock.user_set_tsc = True
-        _note_tsc(vcpu, offset, host_tsc + offset & M64, ns, matched)
+        _note_tsc(vcpu, offset, vcpu.cpu.scale_tsc(host_tsc) + offset & M64, ns, matched)
 
 
 # ---- the master clock ------------------------------------------------------------------------------------
@@ -255,42 +252,37 @@ def guest_time_update(vcpu: Vcpu) -> None:
     """``kvm_guest_time_update``: KVM_REQ_CLOCK_UPDATE."""
     clock, mine = vcpu.vm.arch.clock, vcpu.arch.clock
     with clock.lock:
-        # A TSC that is moved at each entry counts from no pair but its own.  (Linux looks at the master clock's
-        # here, too, whose time stands still: where there is one a faster TSC is not had.)
-        stable, offset = clock.use_master_clock and not mine.tsc_always_catchup, clock.kvmclock_offset
+        stable, offset = clock.use_master_clock, clock.kvmclock_offset
         kernel_ns, host_tsc = ((clock.master_kernel_ns, clock.master_cycle_now) if stable else tsc.kvmclock_base())
-    timestamp = host_tsc + vcpu.cpu.tsc_offset & M64
-    if mine.tsc_always_catchup:
-        due = mine.virtual_tsc_scale.apply(kernel_ns - mine.this_tsc_nsec) + mine.this_tsc_write & M64
-        if due > timestamp:
-            write_tsc_offset(vcpu, vcpu.cpu.tsc_offset + due - timestamp)
-            timestamp = due
+    timestamp = vcpu.cpu.guest_tsc(host_tsc)
     mine.updated_ns = kernel_ns
     if mine.pv_time_gpa is not None:
         _write_time_info(vcpu, mine.pv_time_gpa, timestamp, kernel_ns + offset & M64, stable)
     reference = vcpu.vm.arch.hyperv.reference_tsc
     if reference.msr:
-        scale = time_scale(NSEC_PER_SEC, tsc.tsc_khz() * 1000)
-        reference.setup(timestamp, kernel_ns + offset & M64, scale, stable=stable)
+        reference.setup(timestamp, kernel_ns + offset & M64, _guest_scale(vcpu), stable=stable)
 
 
 def refresh_guest_time(vcpu: Vcpu) -> None:
-    """Before an entry without a master clock, or with a TSC that must catch up."""
-    mine = vcpu.arch.clock
-    if mine.tsc_always_catchup or tsc.kvmclock_base()[0] - mine.updated_ns > REFRESH_NS:
+    """Before an entry without a master clock."""
+    if tsc.kvmclock_base()[0] - vcpu.arch.clock.updated_ns > REFRESH_NS:
         guest_time_update(vcpu)
 
 
 def needs_refresh(vcpu: Vcpu) -> bool:
     """Is :func:`refresh_guest_time` to be done at each entry?"""
-    mine = vcpu.arch.clock
-    return mine.tsc_always_catchup or (mine.pv_time_gpa is not None and not vcpu.vm.arch.clock.use_master_clock)
+    return vcpu.arch.clock.pv_time_gpa is not None and not vcpu.vm.arch.clock.use_master_clock
+
+
+def _guest_scale(vcpu: Vcpu) -> Scale:
+    """From cycles of the guest's TSC to nanoseconds."""
+    return time_scale(NSEC_PER_SEC, vcpu.cpu.scale_tsc(tsc.tsc_khz()) * 1000)
 
 
 def _write_time_info(vcpu: Vcpu, gpa: int, timestamp: int, system_time: int, stable: bool) -> None:
     """``kvm_setup_guest_pvclock``: other vCPUs may be reading, so the version is odd meanwhile."""
     mine, slots = vcpu.arch.clock, vcpu.vm.memslots
-    scale = time_scale(NSEC_PER_SEC, tsc.tsc_khz() * 1000)
+    scale = _guest_scale(vcpu)
     try:
         old = slots.read(gpa, _TIME_INFO.size)
         version = (_U32.unpack_from(old)[0] + 1 | 1) & M32
@@ -353,11 +345,11 @@ def _wall_clock_epoch(vm: Vm) -> int:
 
 def clock_pairing(vcpu: Vcpu, gpa: int, kind: int) -> int:
     """KVM_HC_CLOCK_PAIRING (``kvm_pv_clock_pairing``): the host's real time and the guest's TSC at one moment."""
-    if (kind != KVM_CLOCK_PAIRING_WALLCLOCK or vcpu.arch.clock.tsc_always_catchup or not tsc.host_clock_is_tsc()):
+    if kind != KVM_CLOCK_PAIRING_WALLCLOCK or not tsc.host_clock_is_tsc():
         return -KVM_EOPNOTSUPP
     realtime, host_tsc = tsc.clock_and_tsc(time.CLOCK_REALTIME)
     sec, nsec = divmod(realtime, NSEC_PER_SEC)
-    data = _PAIRING.pack(sec, nsec, host_tsc + vcpu.cpu.tsc_offset & M64, 0)
+    data = _PAIRING.pack(sec, nsec, vcpu.cpu.guest_tsc(host_tsc), 0)
     try:
         vcpu.vm.memslots.write(gpa, data)
     except KvmError:
@@ -398,6 +390,6 @@ def resumed(vm: Vm) -> None:
             clock.last_tsc_nsec = clock.last_tsc_write = 0
     for vcpu in vm.vcpus:
         if lost:
-            vcpu.request_work(lambda v: write_tsc_offset(v, v.cpu.tsc_offset + lost))
+            vcpu.request_work(lambda v: write_tsc_offset(v, v.cpu.tsc_offset + v.cpu.scale_tsc(lost)))
         vcpu.request_work(update_masterclock)
         vcpu.kick()

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from kvmfs.kvm.lapic_core import LapicCore
 
 MIN_TIMER_PERIOD = 200_000      # kvm.min_timer_period_us, in ns
-_M64 = (1 << 64) - 1
 
 
 def tsc_to_ns(ticks: int) -> int:
@@ -162,11 +161,11 @@ class LapicTimer:
     def _start_deadline(self) -> None:
         if not self.tscdeadline:
             return
-        offset = self._cpu.tsc_offset
-        guest = (self._cpu.host_tsc() + offset) & _M64
-        if self.tscdeadline > guest:
-            left = self.tscdeadline - guest
-            self._host_deadline = self._cpu.host_tsc() + left
+        host_tsc = self._cpu.host_tsc()
+        left = self.tscdeadline - self._cpu.guest_tsc(host_tsc)
+        if left > 0:
+            left = self._cpu.unscale_tsc(left)
+            self._host_deadline = host_tsc + left
             self._timer.start(min(now_ns() + tsc_to_ns(left), 1 << 62))
         else:
             self._expired()

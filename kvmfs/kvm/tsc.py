@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The host's time stamp counter: how fast it is, whether it can be trusted, and what time it is by it.
 
-A guest's RDTSC is the host's plus an offset; there is no TSC scaling.
+A guest's RDTSC is the host's times a ratio (TSC scaling), plus an offset.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ NSEC_PER_SEC = 10**9
 M32, M64 = (1 << 32) - 1, (1 << 64) - 1
 TSC_TOLERANCE_PPM = 250                     # kvm.tsc_tolerance_ppm
 TSC_CLOCKSOURCES = ("tsc", "hyperv_clocksource_tsc_page")
+TSC_KHZ_MAX = 0x7FFFFFFF
 _CLOCKSOURCE = Path("/sys/devices/system/clocksource/clocksource0/current_clocksource")
 _MEASURE = 0.1                              # seconds; the error of reading both clocks is below 100 ns
 _PLAUSIBLE = 0.01
@@ -96,6 +97,23 @@ def host_clock_is_tsc() -> bool:
     with suppress(OSError):
         return _CLOCKSOURCE.read_text(encoding="ascii").strip() in TSC_CLOCKSOURCES
     return False
+
+
+class Scaling(NamedTuple):
+    """What a vendor's TSC scaling can do (``kvm_caps.tsc_scaling_ratio_frac_bits``, ``max_tsc_scaling_ratio``)."""
+
+    frac_bits: int
+    max_ratio: int
+
+    @property
+    def max_khz(self) -> int:
+        """``kvm_caps.max_guest_tsc_khz``: guests' TSCs are slower than this."""
+        return min(TSC_KHZ_MAX, self.max_ratio * tsc_khz() >> self.frac_bits)
+
+    def ratio(self, khz: int) -> int | None:
+        """The ratio for a frequency; None: it cannot be had."""
+        ratio = (khz << self.frac_bits) // tsc_khz()
+        return ratio if 0 < ratio < self.max_ratio else None
 
 
 # ---- arithmetic as the kernel and its guests do it -------------------------------------------------------

@@ -18,6 +18,7 @@ from kvmfs.vendor import segments
 
 if TYPE_CHECKING:
     from kvmfs.kvm.kvm_main import Vcpu, Vm
+    from kvmfs.kvm.tsc import Scaling
 
 # Intercept numbers are bits of the VMCB's intercept vectors (APM vol. 2, 15.9 and table B-1).
 INTERCEPT_VINTR = 4
@@ -58,6 +59,7 @@ class KvmX86Ops(abc.ABC):
 
     name: str                   # "amd" or "intel": what --vendor takes
     module: str                 # "svm" or "vmx": the kernel module's name
+    tsc_scaling: Scaling
 
     # ---- load time ----------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ from kvmfs.abi.structs import KvmSegment
 from kvmfs.cpu.cpu import EXIT_FETCH, EXIT_UNKNOWN
 from kvmfs.kvm import regs
 from kvmfs.kvm.guest_debug import effective_dr7
+from kvmfs.kvm.tsc import Scaling
 from kvmfs.vendor import segments
 from kvmfs.vendor.ops import SEG_CS, SEG_LDTR, SEG_SS, SEG_TR, KvmX86Ops
 
@@ -47,6 +48,7 @@ class Svm(KvmX86Ops):
     """kvm-amd over the engine, which is SVM hardware already."""
 
     name, module = "amd", "svm"
+    tsc_scaling = Scaling(frac_bits=32, max_ratio=(1 << 40) - 1)        # MSR C000_0104h: APM vol. 2, 15.30.5
     hypercall_bytes = b"\x0f\x01\xd9"       # VMMCALL
     passthrough_msrs = (
         M.MSR_STAR, M.MSR_LSTAR, M.MSR_CSTAR, M.MSR_SYSCALL_MASK, M.MSR_FS_BASE, M.MSR_GS_BASE,

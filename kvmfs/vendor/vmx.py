@@ -17,6 +17,7 @@ from kvmfs.abi.structs import KvmSegment
 from kvmfs.cpu.cpu import EXIT_FETCH, EXIT_UNKNOWN
 from kvmfs.kvm import regs
 from kvmfs.kvm.guest_debug import effective_dr7
+from kvmfs.kvm.tsc import Scaling
 from kvmfs.vendor import segments
 from kvmfs.vendor.ops import (
     SEG_CS,
@@ -56,6 +57,7 @@ class Vmx(KvmX86Ops):
     """kvm-intel, with unrestricted guest: real mode is entered as it is."""
 
     name, module = "intel", "vmx"
+    tsc_scaling = Scaling(frac_bits=48, max_ratio=(1 << 64) - 1)        # the TSC multiplier: SDM vol. 3, 26.6.5
     hypercall_bytes = b"\x0f\x01\xc1"       # VMCALL
     passthrough_msrs = (
         M.MSR_STAR, M.MSR_LSTAR, M.MSR_SYSCALL_MASK, M.MSR_FS_BASE, M.MSR_GS_BASE, M.MSR_KERNEL_GS_BASE,

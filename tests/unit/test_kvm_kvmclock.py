@@ -106,7 +106,9 @@ def test_tsc_khz(machine, vendor):
     host = tsc.tsc_khz()
     for node in (VM_INODE, VCPU_INODE):
         assert m.ioctl(node, K.KVM_GET_TSC_KHZ)[0] == host
-    assert m.vcpu_ioctl(K.KVM_SET_TSC_KHZ, host // 2)[0] == -errno.EINVAL
+    for node in (VM_INODE, VCPU_INODE):
+        limit = min(0x7FFFFFFF, host * 256 if vendor == "amd" else 1 << 32)
+        assert m.ioctl(node, K.KVM_SET_TSC_KHZ, limit)[0] == m.ioctl(node, K.KVM_SET_TSC_KHZ, 0xFFFFFFFF)[0] == -errno.EINVAL
     assert m.vcpu_ioctl(K.KVM_SET_TSC_KHZ, 0)[0] == 0
     near = host + host // 10**4
     assert m.vcpu_ioctl(K.KVM_SET_TSC_KHZ, near)[0] == 0
@@ -119,19 +121,85 @@ def test_tsc_khz(machine, vendor):
     assert m.ioctl(VM_INODE, K.KVM_GET_TSC_KHZ)[0] == host
 
 
+SCALES = {"half": (1, 2), "twice": (2, 1), "100 times": (100, 1), "1 kHz": None}
+
+
 @BOTH
-def test_faster_tsc_catches_up(machine, vendor):
-    m = machine(vendor, "rdtsc; hlt")
-    assert m.vcpu_ioctl(K.KVM_SET_TSC_KHZ, tsc.tsc_khz() * 2)[0] == 0
-    assert set_msr(m, M.MSR_IA32_TSC, 1) == 1
-    times = []
-    for _ in range(2):
+@pytest.mark.parametrize("instruction", ["rdtsc", "rdtscp"])
+@pytest.mark.parametrize("scale", SCALES.values(), ids=SCALES)
+def test_scaled_tsc(machine, vendor, instruction, scale):
+    """The guest reads a TSC of that speed, between two readings of it from outside."""
+    m = machine(vendor, f"{instruction}; hlt")
+    khz = tsc.tsc_khz() * scale[0] // scale[1] if scale else 1
+    assert set_msr(m, M.MSR_TSC_AUX, 0x1234) == 1
+    assert m.vcpu_ioctl(K.KVM_SET_TSC_KHZ, khz)[0] == 0
+    assert m.vcpu_ioctl(K.KVM_GET_TSC_KHZ)[0] == khz
+    assert set_msr(m, M.MSR_IA32_TSC, 1 << 40) == 1
+    begin, first = time.clock_gettime_ns(time.CLOCK_MONOTONIC_RAW), get_msr(m, M.MSR_IA32_TSC)
+    assert 1 << 40 <= first < (1 << 40) + khz * 10_000
+    time.sleep(0.05)
+    again(m)
+    regs, after = m.regs(), get_msr(m, M.MSR_IA32_TSC)
+    assert first <= (regs["rax"] | regs["rdx"] << 32) <= after
+    assert regs["rcx"] == (0x1234 if instruction == "rdtscp" else 0)
+    passed = (time.clock_gettime_ns(time.CLOCK_MONOTONIC_RAW) - begin) * khz // 10**6
+    assert after - first <= passed + 1 and after - first >= khz * 50
+    assert m.vcpu_ioctl(K.KVM_SET_TSC_KHZ, 0)[0] == 0
+    assert m.vcpu.cpu.scale_tsc(12345) == 12345
+
+
+@BOTH
+@pytest.mark.parametrize("by", ["guest", "client"])
+def test_single_steps_over_a_scaled_rdtsc(machine, vendor, by):
+    """With TF set the guest gets its #DB, a client that steps its exit, right after it."""
+    m = machine(vendor, """
+        mov word ptr [4], offset trap       # the vector of #DB
+        mov word ptr [6], 0
+        push 0x102
+        popf
+        rdtsc
+    after:
+        nop
+        hlt
+    trap:
+        pop bx
+        hlt
+    """ if by == "guest" else "rdtscp; after: hlt")
+    assert m.vcpu_ioctl(K.KVM_SET_TSC_KHZ, tsc.tsc_khz() // 2)[0] == 0
+    if by == "guest":
         again(m)
-        regs = m.regs()
-        times.append((time.clock_gettime_ns(time.CLOCK_MONOTONIC_RAW), regs["rax"] | regs["rdx"] << 32))
-        time.sleep(0.02)
-    (ns, first), (ns2, second) = times
-    assert (second - first) * 10**6 / (ns2 - ns) == pytest.approx(2 * tsc.tsc_khz(), rel=0.05)
+        assert m.regs()["rbx"] == m.symbols["after"] and m.regs()["rax"] | m.regs()["rdx"]
+        return
+    m.vcpu_ioctl(K.KVM_SET_GUEST_DEBUG, 1, struct.pack("<2I8Q", 3, 0, *[0] * 8))      # enable, single step
+    assert (m.run(), m.reason) == (0, kx.KVM_EXIT_DEBUG)
+    assert m.regs()["rip"] == m.symbols["after"]
+
+
+@BOTH
+def test_scaled_tsc_of_vcpus_together(machine, vendor):
+    """vCPUs of the same frequency have the same TSC."""
+    m = machine(vendor)
+    khz = tsc.tsc_khz() * 3 // 7
+    assert m.ioctl(VM_INODE, K.KVM_SET_TSC_KHZ, khz)[0] == 0
+    for i in (1, 2):
+        assert m.ioctl(VM_INODE, K.KVM_CREATE_VCPU, i)[0] == VCPU_INODE + i
+    _, first, second = m.vm.vcpus
+    assert first.cpu.tsc_offset == second.cpu.tsc_offset
+    assert first.cpu.guest_tsc(10**15) == second.cpu.guest_tsc(10**15)
+    assert first.cpu.scale_tsc(10**9) == pytest.approx(3 * 10**9 / 7, rel=1e-5)
+    assert first.cpu.unscale_tsc(first.cpu.scale_tsc(10**9)) == pytest.approx(10**9, abs=3)
+
+
+@BOTH
+def test_scaled_kvmclock(machine, vendor):
+    """It tells the time whatever the TSC's speed."""
+    m = machine(vendor, "hlt")
+    assert m.vcpu_ioctl(K.KVM_SET_TSC_KHZ, tsc.tsc_khz() // 3)[0] == 0
+    assert set_msr(m, M.MSR_KVM_SYSTEM_TIME_NEW, PAGE | 1) == 1
+    again(m)
+    before = get_clock(m).clock
+    guest = guest_ns(time_info(m), m.vcpu.cpu.guest_tsc())
+    assert before - 2000 <= guest <= get_clock(m).clock + 2000
 
 
 @BOTH
