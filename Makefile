@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 PYTHON := .venv/bin/python
 
-.PHONY: all setup clients run boot boot-matrix bench selftests test clean
+.PHONY: all setup clients run boot boot-matrix bench fuzz selftests test clean
 
 all: setup clients
 
@@ -34,6 +34,10 @@ selftests: setup
 # More: make bench BENCH=--help
 bench: setup
 	@PYTHONPATH=.:daemon:tools $(PYTHON) -m kvmfs_bench $(BENCH)
+
+# Random guests and random ioctls against a daemon of each vendor, ten minutes.  More: make fuzz FUZZ=--help
+fuzz: setup
+	@PYTHONPATH=.:daemon:tools $(PYTHON) -m kvmfs_fuzz $(FUZZ)
 
 # The fast ones of the kernel's selftests belong to it; where their source cannot be had they are skipped.
 # So is QEMU where its packages cannot be had.

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 // Part of native.c: breakpoints of the debug registers and single steps (APM volume 2, 13.1).
 //
-// An execution breakpoint is one of the translator's own (BP_CPU): the translation of that instruction leaves by EXCP_DEBUG, and
-// our_debug_excp reports #DB with RF set, as the state that a fault saves has it. QEMU looks at RF when it translates, for a
+// An execution breakpoint is one of the translator's own (BP_CPU): the translation of that instruction leaves by EXCP_DEBUG (that of
+// an undefined one as well), and our_debug_excp reports #DB with RF set, as the state that a fault saves has it. QEMU looks at RF when it translates, for a
 // whole block: where RF is set while breakpoints are in force, one instruction is executed alone.
 //
 // A page with a data breakpoint has TLB entries that never hit, so every access to it comes through our_tlb_fill with its
@@ -97,13 +97,31 @@ static void report_db(Vcpu *v, u64 cause) {
     v->exit.kind = EXIT_SVM;
 }
 
+// To whoever intercepts it, or the guest.
+static void report_ud(Engine *e, Vcpu *v) {
+    if (!v->ud_exits) {
+        v->exc_vector = 6;
+        v->exc_error = v->exc_soft = 0;
+        return;
+    }
+    v->exit.code = 0x46;
+    v->exit.insn_len = prefix_length(e, e->env);
+    v->exit.info1 = v->exit.info2 = 0;
+    v->exit.kind = EXIT_SVM;
+}
+
 static void our_debug_excp(void *cs) {
     Engine *e = engine_of(cs);
     Vcpu *v = cur;
     if (!v) return;
-    report_db(v, exec_hits(v, (F(u32, HFLAGS) & HF_CS64 ? 0 : F(Seg, SEGS + 24).base) + F(u64, EIP)));
-    F(u64, EFLAGS) |= FL_RF;
+    u32 hits = exec_hits(v, (F(u32, HFLAGS) & HF_CS64 ? 0 : F(Seg, SEGS + 24).base) + F(u64, EIP));
     p_emu_stop(e->uc);
+    if ((!hits || F(u64, EFLAGS) & FL_RF) && at_undefined(e)) {
+        report_ud(e, v);
+        return;
+    }
+    report_db(v, hits);
+    F(u64, EFLAGS) |= FL_RF;
 }
 
 static void h_block(void *uc, u64 address, u32 size, void *user) {

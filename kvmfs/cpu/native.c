@@ -47,6 +47,7 @@ static Region *region_at(Engine *e, u64 gpa);
 #include "tlb.h"
 #include "decode.h"
 #include "emulated.h"
+#include "undefined.h"
 
 _Noreturn static void bail(Engine *e) {
     p_emu_stop(e->uc);

@@ -27,7 +27,7 @@ enum { // CPUX86State, from env
     // CPUState, from env
     C_CPU = -35408, C_EXIT_REQUEST = -35387, C_CFLAGS_NEXT = -35384, C_IRQ = -35380, C_ENV_PTR = -35112,
     C_HALTED = -2232, C_CAN_DO_IO = -2228, C_EXC_INDEX = -2224, C_UC = -2216, C_CLASS = -2208,
-    TLB_FAST = -64, TLB_DESC = TLB_FAST - 3 * 696, TLB_DESC_SIZE = 696, TLB_DESC_VTABLE = 48, VTLB_SIZE = 8,
+    TLB_FAST = -64, TLB_DESC = TLB_FAST - 8 - 3 * 696, TLB_DESC_SIZE = 696, TLB_DESC_VTABLE = 48, VTLB_SIZE = 8,
     ENV_UC = 7000, TB_JMP_CACHE = -0x8918,
     ICOUNT_DECR = -16, // negative: the guest is to be left
     // CPUClass

@@ -9,6 +9,7 @@ enum { PROT_R = 1, PROT_W = 2, PROT_X = 4 };
 
 static int load_symbols(const char *path) {
     void *lib = dlopen(path, RTLD_NOW | RTLD_NOLOAD);
+    const u8 *generate;
     struct { const char *name; void *to; } sym[] = {
         {"uc_emu_start", &p_emu_start}, {"uc_emu_stop", &p_emu_stop}, {"uc_hook_add", &p_hook_add},
         {"uc_hook_del", &p_hook_del}, {"uc_mem_map_ptr", &p_map_ptr},
@@ -20,10 +21,14 @@ static int load_symbols(const char *path) {
         {"update_fp_status_x86_64", &p_fpuc}, {"qemu_ram_addr_from_host_x86_64", &p_ram_addr},
         {"cpu_restore_state_x86_64", &p_restore}, {"cpu_breakpoint_insert_x86_64", &p_bp_insert},
         {"cpu_breakpoint_remove_by_ref_x86_64", &p_bp_remove}, {"helper_check_exit_request_x86_64", &p_check_exit},
+        {"gen_intermediate_code_x86_64", &generate}, {"translator_loop_x86_64", &p_translator_loop},
     };
     if (!lib) return 1;
     for (size_t i = 0; i < sizeof sym / sizeof *sym; i++)
         if (!(*(void **)sym[i].to = dlsym(lib, sym[i].name))) return 1;
+    TranslatorLoop **slot = loop_slot(generate, p_translator_loop);
+    if (!slot) return 1;
+    *slot = our_translator_loop;
     return 0;
 }
 
@@ -46,6 +51,10 @@ static int check_layout(Engine *e, const char *path) {
     for (int m = 0; m < 3; m++) {
         TlbFast *f = &F(TlbFast, TLB_FAST + 16 * m);
         if ((f->mask & 63) || !f->table) return 1;
+        const u64 *victims = &F(u64, TLB_DESC + TLB_DESC_SIZE * m + TLB_DESC_VTABLE); // still empty: all ones, and none around
+        for (int i = 0; i < VTLB_SIZE * 8; i++)
+            if (victims[i] != ~0ull) return 1;
+        if (victims[-1] == ~0ull || victims[VTLB_SIZE * 8] == ~0ull) return 1;
     }
     return 0;
 }
@@ -173,7 +182,7 @@ int nv_map(Engine *e, u64 gpa, u64 size, u8 *host, int readonly, u64 file, u64 o
     if (!err && alias && mremap(host, 0, size, MREMAP_MAYMOVE | MREMAP_FIXED, e->window + gpa) == MAP_FAILED) err = errno;
     if (!err) {
         memmove(&e->region[i + 1], &e->region[i], (e->nregions++ - i) * sizeof(Region));
-        e->region[i] = (Region){gpa, size, e->window + gpa, readonly, alias, NULL, 0, 0, file, offset, 0};
+        e->region[i] = (Region){gpa, size, e->window + gpa, readonly, alias, NULL, NULL, 0, 0, file, offset, 0};
         find_sharers(e, &e->region[i]);
         p_tlb_flush(e->cpu);
     }

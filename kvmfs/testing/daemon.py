@@ -35,13 +35,17 @@ class Daemon:
         with os.fdopen(reader, "rb") as file:
             ready = file.read() == b"ready\n"
         if not ready:
-            said = self._log.read_text(errors="replace").strip()
+            said = self.log().strip()
             self.stop()
             raise DaemonError(said)
 
     def alive(self) -> bool:
         """Whether it still runs."""
         return self._process.poll() is None
+
+    def log(self) -> str:
+        """What it said until now: warnings and errors."""
+        return self._log.read_text(errors="replace")
 
     def stop(self) -> None:
         """End it in order; nothing stays."""

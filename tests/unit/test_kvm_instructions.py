@@ -33,6 +33,11 @@ FINE = {                                        # → eax
     "maskmovdqu": (SSE + f"pcmpeqd xmm0, xmm0; mov edi, {DATA}; maskmovdqu xmm0, xmm0; mov eax, [{DATA + 12}]", 0xFFFFFFFF),
     "movbe": (f"mov ebx, 0x11223344; movbe [{DATA}], ebx; mov eax, [{DATA}]", 0x44332211),
     "bit string": (f"mov ebx, 100; lock bts [{DATA}], ebx; mov eax, [{DATA + 12}]", 0x10),
+    "lock": (f"mov dword ptr [{DATA}], 2; lock add dword ptr [{DATA}], 3; lock neg dword ptr [{DATA}]\n"
+             f"lock inc dword ptr [{DATA}]; lock btc dword ptr [{DATA}], 4; mov eax, 1; lock xchg eax, [{DATA}]", 0xFFFFFFEC),
+    "les, lds": (f"mov dword ptr [{DATA}], 7; mov word ptr [{DATA + 4}], 16; les ebx, [{DATA}]; lds eax, [{DATA}]", 7),
+    "shlx": (SSE + "mov ebx, 3; mov ecx, 4; shlx eax, ebx, ecx", 48), "blsi": ("mov ebx, 0x58; blsi eax, ebx", 8),
+    "bzhi": ("mov ebx, 0xff; mov ecx, 4; bzhi eax, ebx, ecx", 15),
     "xadd": (f"mov dword ptr [{DATA}], 3; mov eax, 4; lock xadd [{DATA}], eax", 3),
     "crc32": ("xor eax, eax; mov ebx, 1; crc32 eax, ebx", 0xDD45AAB8),
     "popcnt": ("mov ebx, 255; popcnt eax, ebx", 8), "lzcnt": ("mov ebx, 255; lzcnt eax, ebx", 24),
@@ -79,6 +84,18 @@ FAULTS = {
         "monitorx": ".byte 0x0f, 0x01, 0xfa", "swapgs": ".byte 0x0f, 0x01, 0xf8", "syscall": "syscall", "rsm": "rsm",
         "vmlaunch": "vmlaunch", "vmxon": f"vmxon [{DATA}]", "vmrun": "vmrun", "stgi": "stgi", "skinit": "skinit",
         "getsec": "getsec", "encls": ".byte 0x0f, 0x01, 0xcf", "lock nop": ".byte 0xf0, 0x90", "mov cs": ".byte 0x8e, 0xc8",
+        **{f"lock {name}": f".byte 0xf0; {code}" for name, code in {
+            "mov": f"mov [{DATA}], eax", "cmp": f"cmp [{DATA}], eax", "cmp with an immediate": f"cmp dword ptr [{DATA}], 1",
+            "add to a register": f"add eax, [{DATA}]", "add of registers": "add eax, ebx", "btc of a register": "btc eax, edx",
+            "bt": f"bt dword ptr [{DATA}], 1", "bts of a register": "bts eax, 3", "xchg of registers": ".byte 0x87, 0xc3",
+            "not of a register": "not eax", "div": "div ebx", "push": f"push dword ptr [{DATA}]", "movsb": "movsb",
+            "shl": f"shl dword ptr [{DATA}], 1", "cmpxchg of registers": "cmpxchg eax, ebx", "jmp": ".byte 0xeb, 0"}.items()},
+        "vzeroupper": SSE + "vzeroupper", "vaddps": SSE + "vaddps xmm0, xmm1, xmm2", "vmovd": SSE + "vmovd xmm0, eax",
+        "vpxor": SSE + "vpxor ymm0, ymm1, ymm2", "vpmulld": SSE + "vpmulld xmm0, xmm1, xmm2",
+        "andn with L": ".byte 0xc4, 0xe2, 0x64, 0xf2, 0xc1",
+        "bmi with a prefix": ".byte 0x66; andn eax, ebx, ecx", "xbegin": ".byte 0xc7, 0xf8, 0, 0, 0, 0",
+        "xabort": ".byte 0xc6, 0xf8, 0",
+        "c7 /1": ".byte 0xc7, 0xc8, 0, 0, 0, 0", "xop": ".byte 0x8f, 0xe8, 0x78, 0xa2, 0xc0, 0",
         "mov cr1": ".byte 0x0f, 0x20, 0xc8", "mov cr5": ".byte 0x0f, 0x20, 0xe8",
         "debug register 4 with CR4.DE": "mov eax, cr4; or eax, 8; mov cr4, eax; mov eax, dr4"}.items()}}
 VECTORS = sorted({vector for _, vector in FAULTS.values()} | {8, 10, 11, 12, 14, 16, 17, 19})
