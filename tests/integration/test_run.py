@@ -204,6 +204,19 @@ def test_pretended_cpu(nothing_left, vendor, wrapper):
     assert all(after.count(flag) == before.count(flag) for flag in ("svm", "vmx"))
 
 
+@pytest.mark.parametrize("wrapper", [[], ordinary_user()], ids=["root", "ordinary user"])
+def test_pretended_modules(nothing_left, vendor, wrapper):
+    """Of KVM's modules the vendor's, of the others all that there are, and nobody can write there."""
+    show = "cd /sys/module && echo * && grep -H . kvm/parameters/force_emulation_prefix kvm_*/parameters/nested; touch x; ls -d x"
+    before = os.listdir("/sys/module")
+    result = kvmfs_run("sh", "-c", show, options=["--vendor", vendor, "--pretend-cpu"], wrapper=wrapper)
+    modules, *parameters = result.stdout.splitlines()
+    assert set(modules.split()) == {m for m in before if not m.startswith("kvm_")} | {"kvm", f"kvm_{vendor}"}, result.stderr
+    assert parameters == ["kvm/parameters/force_emulation_prefix:0", "kvm_amd/parameters/nested:0" if vendor == "amd"
+                          else "kvm_intel/parameters/nested:N"]
+    assert sorted(os.listdir("/sys/module")) == sorted(before)
+
+
 def test_version_and_a_daemon_that_hangs(start_kvmd):
     """It is named, and the others are shown."""
     good, stopped = start_kvmd(name="good"), start_kvmd(name="stopped")

@@ -66,8 +66,9 @@ def main() -> None:
 @click.option("--node", type=click.Path(), metavar="PATH",
               help="Use the node of a running daemon ('kvmfs mount DIRECTORY' makes DIRECTORY/kvm) and start none.")
 @click.option("--pretend-cpu", is_flag=True,
-              help="Show PROGRAM a /proc/cpuinfo with the flag svm or vmx, by the vendor: for programs that look there before they "
-                   "open the node (kvm-ok, virt-host-validate).")
+              help="Show PROGRAM a machine with KVM: by the vendor, a /proc/cpuinfo with the flag svm or vmx, and a /sys/module "
+                   "with the parameters of kvm and kvm_amd or kvm_intel.  For programs that look there before they open the "
+                   "node (kvm-ok, virt-host-validate, the kernel's selftests).")
 @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="warning",
               show_default=True, help="What the private daemon says on stderr.")
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED, metavar="[--] PROGRAM [ARGUMENT]...")

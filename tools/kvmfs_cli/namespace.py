@@ -10,7 +10,8 @@ import stat
 import tempfile
 
 CLONE_NEWNS, CLONE_NEWUSER = 0x20000, 0x10000000
-MS_NOSUID, MS_NOEXEC, MS_BIND, MS_MOVE, MS_REC, MS_PRIVATE = 2, 8, 0x1000, 0x2000, 0x4000, 1 << 18
+MS_RDONLY, MS_NOSUID, MS_NOEXEC, MS_REMOUNT = 1, 2, 8, 0x20
+MS_BIND, MS_MOVE, MS_REC, MS_PRIVATE = 0x1000, 0x2000, 0x4000, 1 << 18
 MNT_DETACH = 2
 DEV_KVM = "/dev/kvm"
 
@@ -21,11 +22,18 @@ class NamespaceError(Exception):
     """No private namespace could be made; the text says what to do."""
 
 
-def _mount(source: str, target: str, kind: str | None, flags: int, options: str | None = None) -> None:
+def mount(source: str, target: str, kind: str | None, flags: int, options: str | None = None) -> None:
     encoded = [None if text is None else text.encode() for text in (source, target, kind, options)]
     if _libc.mount(encoded[0], encoded[1], encoded[2], ctypes.c_ulong(flags), encoded[3]) < 0:
         code = ctypes.get_errno()
         raise OSError(code, f"mount of {source} on {target}: {os.strerror(code)}")
+
+
+def detach(target: str) -> None:
+    """Unmount ``target``; what is in use of it stays until it is not.  OSError."""
+    if _libc.umount2(target.encode(), MNT_DETACH) < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, f"umount of {target}: {os.strerror(code)}")
 
 
 def unshare(flags: int) -> None:
@@ -70,7 +78,7 @@ def enter() -> bool:
         _write("/proc/self/uid_map", f"{uid} {uid} 1\n")
         _write("/proc/self/gid_map", f"{gid} {gid} 1\n")
     try:
-        _mount("none", "/", None, MS_REC | MS_PRIVATE)
+        mount("none", "/", None, MS_REC | MS_PRIVATE)
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise
@@ -83,14 +91,14 @@ def place_node(node: str) -> None:
     """Put ``node`` over /dev/kvm; where there is no /dev/kvm, in a /dev of this namespace's own."""
     if not os.path.exists(DEV_KVM):
         _private_dev()
-    _mount(node, DEV_KVM, None, MS_BIND)
+    mount(node, DEV_KVM, None, MS_BIND)
 
 
 def _private_dev() -> None:
     """A tmpfs on /dev that shows everything the old one had, and an empty file ``kvm``."""
     new = tempfile.mkdtemp(prefix="kvmfs-dev-")
     try:
-        _mount("kvmfs-dev", new, "tmpfs", MS_NOSUID | MS_NOEXEC, "mode=755,size=64k,nr_inodes=4k")
+        mount("kvmfs-dev", new, "tmpfs", MS_NOSUID | MS_NOEXEC, "mode=755,size=64k,nr_inodes=4k")
         for entry in os.scandir("/dev"):
             target = os.path.join(new, entry.name)
             if entry.is_symlink():
@@ -102,54 +110,14 @@ def _private_dev() -> None:
             else:
                 os.close(os.open(target, os.O_CREAT | os.O_WRONLY, 0o600))
             try:
-                _mount(entry.path, target, None, MS_BIND | MS_REC)
+                mount(entry.path, target, None, MS_BIND | MS_REC)
             except OSError as error:
                 if error.errno not in (errno.ENOENT, errno.EACCES):
                     raise
         os.close(os.open(os.path.join(new, "kvm"), os.O_CREAT | os.O_WRONLY, 0o600))
-        _mount(new, "/dev", None, MS_MOVE)
+        mount(new, "/dev", None, MS_MOVE)
     finally:
         try:
             os.rmdir(new)
-        except OSError:
-            pass
-
-
-CPUINFO = "/proc/cpuinfo"
-VIRTUALIZATION_FLAGS = {"intel": "vmx", "amd": "svm"}
-
-
-def with_virtualization(cpuinfo: str, vendor: str) -> str:
-    """The text of /proc/cpuinfo with the flag of that vendor's virtualization at each CPU, and not the other vendor's."""
-    wanted = VIRTUALIZATION_FLAGS[vendor]
-    others = set(VIRTUALIZATION_FLAGS.values())
-
-    def flags(line: str) -> str:
-        name, colon, value = line.partition(":")
-        if name.strip() != "flags":
-            return line
-        return f"{name}{colon} {' '.join([flag for flag in value.split() if flag not in others] + [wanted])}"
-
-    return "".join(flags(line) + "\n" for line in cpuinfo.splitlines())
-
-
-def pretend_virtualization(vendor: str) -> None:
-    """Put a copy of /proc/cpuinfo that has ``vendor``'s virtualization flag over the real one.  OSError."""
-    with open(CPUINFO, encoding="utf-8", errors="replace") as file:
-        text = with_virtualization(file.read(), vendor)
-    directory = tempfile.mkdtemp(prefix="kvmfs-cpuinfo-")
-    try:
-        _mount("kvmfs-cpuinfo", directory, "tmpfs", MS_NOSUID | MS_NOEXEC, "mode=755")
-        copy = os.path.join(directory, "cpuinfo")
-        with open(copy, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(copy, 0o444)
-        _mount(copy, CPUINFO, None, MS_BIND)
-        if _libc.umount2(directory.encode(), MNT_DETACH) < 0:       # the file's own mount keeps it
-            code = ctypes.get_errno()
-            raise OSError(code, f"umount of {directory}: {os.strerror(code)}")
-    finally:
-        try:
-            os.rmdir(directory)
         except OSError:
             pass

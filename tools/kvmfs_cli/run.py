@@ -92,7 +92,7 @@ def run(command: Sequence[str], *, node: str | None, vendor: str, profile: str, 
         prepare: Callable[[int], None] | None = None) -> int:
     """Run ``command``; returns its exit status, 128 + n when signal n ended it.  Raises RunError.
 
-    ``pretend_cpu``: its /proc/cpuinfo has the flag of the vendor's virtualization.
+    ``pretend_cpu``: its /proc/cpuinfo has the flag of the vendor's virtualization, its /sys/module the vendor's KVM.
     ``prepare`` is called with the private daemon's pid before the command starts; it may fork.
     """
     if node is not None and not os.path.exists(node):
@@ -113,7 +113,9 @@ def run(command: Sequence[str], *, node: str | None, vendor: str, profile: str, 
         try:
             namespace.place_node(node)
             if pretend_cpu:
-                namespace.pretend_virtualization(host_vendor() if vendor == "auto" else vendor)
+                from kvmfs_cli.pretend import pretend_virtualization
+
+                pretend_virtualization(host_vendor() if vendor == "auto" else vendor)
         except OSError as error:
             raise RunError(error.strerror or str(error)) from error
         if prepare is not None and daemon is not None:

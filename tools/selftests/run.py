@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kvmfs.vendor import host_vendor
+
 ROOT = Path(__file__).resolve().parents[2]
 BUILT = ROOT / "build" / "selftests" / "kvm"
 EXPECTED = Path(__file__).with_name("expected.toml")
@@ -33,7 +35,7 @@ TIMEOUT = 120                       # seconds, as in the tests' own "settings"
 class Expectation:
     """What expected.toml says about one test with one vendor."""
 
-    result: str                     # "pass", "skip", "host", "open" or "unlisted"
+    result: str                     # "pass", "skip", "host" (pass or skip), "linux" (anything), "not run", "open", "unlisted"
     why: str = ""
     timeout: float = TIMEOUT        # seconds
     arguments: tuple[str, ...] = ()
@@ -53,8 +55,8 @@ class Outcome:
     @property
     def as_expected(self) -> bool:
         """Whether it did what expected.toml says."""
-        allowed = ("pass", "skip", "fail") if self.expectation.result == "host" else (self.expectation.result,)
-        return self.result in allowed
+        allowed = {"host": ("pass", "skip"), "linux": ("pass", "skip", "fail"), "not run": ("skip",)}
+        return self.result in allowed.get(self.expectation.result, (self.expectation.result,))
 
 
 class Expectations:
@@ -65,6 +67,8 @@ class Expectations:
         self._pass: list[str] = table["pass"]
         self._skip: dict[str, str | dict[str, str]] = table["skip"]
         self._host: dict[str, str] = table["host"]
+        self._linux: dict[str, str] = table["linux"]
+        self._host_vendor: dict[str, str] = table["host_vendor"]
         self._arguments: dict[str, list[str]] = table["arguments"]
         self._open: dict[str, str] = table["open"]
         self._timeout: dict[str, float] = table["timeout"]
@@ -73,6 +77,10 @@ class Expectations:
     def of(self, test: str, vendor: str) -> Expectation:
         """What ``test`` is to do when the guests see a CPU of ``vendor``."""
         timeout = self._timeout.get(test, TIMEOUT)
+        if test in self._host_vendor:
+            if vendor != host_vendor():
+                return Expectation("not run", self._host_vendor[test])
+            return Expectation("pass", "", timeout)
         reason = self._skip.get(test, "")
         if isinstance(reason, dict):
             reason = reason.get(vendor, "")
@@ -80,6 +88,8 @@ class Expectations:
             return Expectation("skip", reason, timeout)
         if test in self._host:
             return Expectation("host", self._host[test], timeout)
+        if test in self._linux:
+            return Expectation("linux", self._linux[test], timeout)
         if test in self._open:
             return Expectation("open", self._open[test], timeout)
         if test in self._pass:
@@ -111,10 +121,12 @@ def _said(result: str, text: str) -> str:
 
 
 def run_test(test: str, vendor: str, expectation: Expectation) -> Outcome:
-    """Run one test on a private fake node."""
+    """Run one test on a private fake node, in a world where Linux's KVM seems to be loaded: most of them ask for its parameters."""
+    if expectation.result == "not run":
+        return Outcome(test, vendor, "skip", 0.0, "not run", expectation)
     log = ROOT / "build" / "selftests" / "log" / f"{test.replace('/', '-')}.{vendor}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "kvmfs_cli", "run", "--vendor", vendor, "--", str(BUILT / test),
+    command = [sys.executable, "-m", "kvmfs_cli", "run", "--vendor", vendor, "--pretend-cpu", "--", str(BUILT / test),
                *expectation.arguments]
     path = os.pathsep.join(str(ROOT / part) for part in (".", "daemon", "tools"))
     begin = time.monotonic()
