@@ -41,7 +41,7 @@ _KVM_AMD: Final = {
     "sev": "N",
     "sev_es": "N",
     "sev_snp": "N",
-    "tsc_scaling": "0",
+    "tsc_scaling": "1",
     "vgif": "0",
     "vls": "0",
     "vnmi": "N",
