@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """``stats/`` in the public mount: what Linux shows below /sys/kernel/debug/kvm (Linux: kvm_main.c, kvm_create_vm_debugfs).
 
-``stats/NAME`` is the sum of a statistic over all VMs, ``stats/PID-N/NAME`` over the vCPUs of VM N of process PID, and
-``stats/PID-N/vcpuM/NAME`` that of one vCPU.  A file is read from the worker when it is opened.
+``stats/NAME`` is the sum of a statistic over all VMs, ``stats/PID-N/NAME`` that of VM N of process PID, over its vCPUs, and
+``stats/PID-N/vcpuM/NAME`` that of one vCPU.  Beside Linux's names there are a vCPU's times and what the VM's translator did.
+A file is read from the worker when it is opened.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
 from kvmd.control import ask
-from kvmfs.kvm.stats import VCPU_STATS
+from kvmfs.kvm.stats import TRANSLATION, VCPU_STATS, VCPU_TIMES, VM_STATS
 
 if TYPE_CHECKING:
     from kvmd.broker import Broker
 
-NAMES: Final = tuple(one.name for one in VCPU_STATS if one.size == 1)
+VCPU_NAMES: Final = (*(one.name for one in VCPU_STATS if one.size == 1), *VCPU_TIMES)
+VM_NAMES: Final = (*(one.name for one in VM_STATS), *TRANSLATION, *VCPU_NAMES)
 FIRST_INODE: Final = 0x1000
 Path = tuple[str, ...]
 
@@ -67,14 +69,14 @@ class StatsTree:
     def children(self, path: Path) -> list[str]:
         """The names in a directory.  Raises OSError(ENOENT)."""
         if not path:
-            return [*(_directory(broker) for broker in self._brokers()), *NAMES]
+            return [*(_directory(broker) for broker in self._brokers()), *VM_NAMES]
         if len(path) == 1:
-            return [*(f"vcpu{vcpu['id']}" for vcpu in _vcpus(self._vm(path[0]))), *NAMES]
-        return list(NAMES)
+            return [*(f"vcpu{vcpu['id']}" for vcpu in _vcpus(self._vm(path[0]))), *VM_NAMES]
+        return list(VCPU_NAMES)
 
     def mode(self, path: Path) -> int:
         """A path's kind and permission bits.  Raises OSError(ENOENT)."""
-        if path and path[-1] in NAMES and len(path) <= 3:
+        if path and len(path) <= 3 and path[-1] in (VCPU_NAMES if len(path) == 3 else VM_NAMES):
             return stat.S_IFREG | 0o444
         if len(path) > 2:
             raise OSError(errno.ENOENT, "no such statistic", path[-1])
@@ -88,18 +90,29 @@ class StatsTree:
         """A file's text: a number and a newline.  Asks the workers.  Raises OSError(ENOENT)."""
         name = path[-1]
         brokers = self._brokers() if len(path) == 1 else [self._vm(path[0])]
+        if name not in VCPU_NAMES:
+            return b"%d\n" % sum(_number(_statistics(broker).get("translation"), name) for broker in brokers)
         vcpus = [vcpu for broker in brokers for vcpu in _vcpus(broker) if len(path) < 3 or path[1] == f"vcpu{vcpu['id']}"]
-        return b"%d\n" % sum(int(vcpu.get(name, 0)) for vcpu in vcpus)
+        return b"%d\n" % sum(_number(vcpu, name) for vcpu in vcpus)
 
 
 def _directory(broker: Broker) -> str:
     return f"{broker.process.tgid}-{broker.number}"
 
 
-def _vcpus(broker: Broker) -> list[dict[str, Any]]:
+# What a worker says is not trusted.
+def _statistics(broker: Broker) -> dict[str, Any]:
     try:
-        vcpus = ask(broker, "statistics")["vcpus"]
-    except (OSError, KeyError):
-        return []                       # it has just ended
-    # What a worker says is not trusted.
+        return ask(broker, "statistics")
+    except OSError:
+        return {}                       # it has just ended
+
+
+def _vcpus(broker: Broker) -> list[dict[str, Any]]:
+    vcpus = _statistics(broker).get("vcpus")
     return [vcpu for vcpu in vcpus if isinstance(vcpu, dict) and isinstance(vcpu.get("id"), int)] if isinstance(vcpus, list) else []
+
+
+def _number(numbers: Any, name: str) -> int:
+    value = numbers.get(name) if isinstance(numbers, dict) else None
+    return value if isinstance(value, int) else 0

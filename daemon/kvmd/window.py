@@ -45,7 +45,7 @@ class Window:
             case "describe":
                 return debugfs.describe(vm)
             case "statistics":
-                return {"vcpus": debugfs.statistics(vm),
+                return {**debugfs.statistics(vm),
                         "ioctls": {str(number): count for number, count in list(self._dispatcher.counts.items())}}
             case "registers":
                 return debugfs.registers(self._vcpu(message))
@@ -102,12 +102,13 @@ def exit_of(vcpu: Vcpu, kind: int, number: int) -> dict[str, Any]:
     """The fields of a record "exit": what made the guest stop, before anything was done about it."""
     cpu = vcpu.cpu
     e = cpu.exit
-    fields = {"time": time.time_ns(), "vm": number, "vcpu": vcpu.vcpu_id, "kind": kind, "rip": int(cpu.rip)}
+    fields = {"time": time.time_ns(), "vm": number, "vendor": vcpu.vm.vendor.name, "vcpu": vcpu.vcpu_id, "kind": kind,
+              "rip": int(cpu.rip)}
     if kind == EXIT_SVM:
         fields |= {"code": int(e.code), "info1": int(e.info1), "info2": int(e.info2)}
     elif kind in (EXIT_IO_IN, EXIT_IO_OUT):
         port, size, count, string = cpu.io_exit()
         fields |= {"port": port, "size": size, "count": count, "string": string}
     elif kind != EXIT_NONE:
-        fields |= {"gpa": int(e.gpa), "size": int(e.size)}
+        fields |= {"gpa": int(e.gpa), "size": int(e.size), "info1": int(e.info1)}
     return fields

@@ -107,6 +107,8 @@ static void h_translated(void *uc, const UcTb *tb, const UcTb *before, void *use
     (void)before;
     Engine *e = user;
     shorten_head(e, tb->pc);
+    e->blocks++;
+    e->block_bytes += tb->size;
     for (u64 va = tb->pc, left = tb->size; left;) {
         u64 offset = va & 0xfff, n = left < 4096 - offset ? left : 4096 - offset;
         TlbEntry *t = code_entry(e, va);

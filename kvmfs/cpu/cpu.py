@@ -281,6 +281,16 @@ class Cpu(StateFields):
         """Nanoseconds that it was ready to run while other vCPUs had the engine."""
         return self._info.waited
 
+    @property
+    def guest_cycles(self) -> int:
+        """Cycles of the host's TSC that it has been in its guest, until now.  Any thread may ask."""
+        info = self._info
+        while True:
+            before, since = info.guest_cycles, info.guest_since
+            now = self.host_tsc()
+            if info.guest_cycles == before:
+                return before + max(now - since, 0) if since else before
+
     def tell_preemption(self, gpa: int) -> None:
         """While others have the engine the byte at gpa is 1 (KVM_VCPU_PREEMPTED); the guest may add 2: flush the TLB then.
 

@@ -16,7 +16,7 @@ from unicorn.unicorn_py3 import unicorn
 from unicorn.x86_const import UC_CPU_X86_EPYC, UC_X86_INS_IN, UC_X86_INS_OUT, UC_X86_INS_SYSCALL, UC_X86_INS_SYSENTER
 
 from kvmfs.cpu.cpu import Cpu
-from kvmfs.cpu.layout import UNICORN_VERSION, LayoutError, load
+from kvmfs.cpu.layout import UNICORN_VERSION, LayoutError, Translation, load
 
 _PAGE = 4096
 _Uc: Any = unicorn.Uc  # its methods have no types
@@ -126,6 +126,12 @@ class Engine:
     def long_mode_sysenter(self) -> None:
         """SYSENTER and SYSEXIT are known in long mode, too (SDM; on AMD's CPUs they are not). Before the first vCPU runs."""
         self._lib.nv_long_mode_sysenter(self._engine)
+
+    def translation(self) -> Translation:
+        """What the translator has done so far.  Any thread may ask, while a guest runs."""
+        found = Translation()
+        self._lib.nv_translation(self._engine, ctypes.byref(found))
+        return found
 
     def create_cpu(self, index: int) -> Cpu:
         """A vCPU in reset state. The second one of an engine moves all state out of Unicorn while no vCPU runs."""

@@ -187,6 +187,8 @@ class VcpuInfo(ctypes.Structure):
         ("suspect", ctypes.c_int32),
         ("own_pdptrs", ctypes.c_int32),
         ("pdptrs_cr3", ctypes.c_uint64),
+        ("guest_cycles", ctypes.c_uint64),
+        ("guest_since", ctypes.c_uint64),
     )
     exit: ExitInfo
     state: int
@@ -211,6 +213,27 @@ class VcpuInfo(ctypes.Structure):
     suspect: int
     own_pdptrs: int
     pdptrs_cr3: int
+    guest_cycles: int
+    guest_since: int
+
+
+class Translation(ctypes.Structure):
+    """What an engine's translator has done, and what its buffer of code holds (bytes)."""
+
+    _fields_ = (
+        ("blocks", ctypes.c_uint64),
+        ("guest_bytes", ctypes.c_uint64),
+        ("flushes", ctypes.c_uint64),
+        ("invalidated", ctypes.c_uint64),
+        ("code_bytes", ctypes.c_uint64),
+        ("code_capacity", ctypes.c_uint64),
+    )
+    blocks: int
+    guest_bytes: int
+    flushes: int
+    invalidated: int
+    code_bytes: int
+    code_capacity: int
 
 
 @functools.cache
@@ -258,6 +281,7 @@ def load() -> ctypes.CDLL:
         "nv_translate": (u64, (ptr, u64)),
         "nv_fxsave": (None, (ptr, ptr)),
         "nv_fxrstor": (None, (ptr, ptr)),
+        "nv_translation": (None, (ptr, ctypes.POINTER(Translation))),
         "nv_host_tsc": (u64, ()),
         "nv_scale_tsc": (None, (ptr, u64, ctypes.c_uint32)),
         "nv_clock_and_tsc": (u64, (i32, ptr)),

@@ -115,7 +115,11 @@ static void start(Vcpu *v, int guest) {
     u64 dr6 = DR6(e->env);
     int debugged = F(u32, ICEPT_EXC) & 2;
     if (debugged) DR6(e->env) = DR6_ACTIVE_LOW;
+    u64 since = __builtin_ia32_rdtsc();
+    if (guest) v->guest_since = since;
     p_emu_start(e->uc, F(u64, EIP), 0, 0, 0);
+    v->guest_cycles += __builtin_ia32_rdtsc() - since;
+    v->guest_since = 0;
     if (debugged) DR6(e->env) = dr6;
     lock(v);
     v->in_guest = 0;

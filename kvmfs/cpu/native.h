@@ -36,6 +36,10 @@ enum { // CPUX86State, from env
     // uc_engine
     UC_MEMORY_MAPPING = 288, UC_INVALIDATE_TB = 376, UC_CPU = 440, UC_SIZE_RECUR = 1384, UC_STOP_REQUEST = 1389, UC_INVALID_ERROR = 1424,
     UC_NO_EXIT_REQUEST = 2034, UC_JMP_BUFS = 2040, UC_JMP_BUF_SIZE = 200, UC_NESTED_LEVEL = 14840,
+    UC_LAST_TB = 14848,
+    UC_TCG_CTX = 768,
+    // TCGContext
+    TCG_BUFFER = 0xa0, TCG_BUFFER_SIZE = 0xb8, TCG_BUFFER_END = 0xc0, TCG_INVALIDATED = 0xd8, TCG_FLUSHES = 0x98d0,
     // MemoryRegion
     MR_PERMS = 136,
 };
@@ -101,6 +105,8 @@ typedef struct Vcpu {
     int32_t suspect;      // others may have written code: see code.h
     int32_t own_pdptrs;   // PAE paging uses the four entries at PDPTRS of its VMCB's memory, as long as
     u64 pdptrs_cr3;       // CR3 is this
+    u64 guest_cycles;     // of the host's TSC, in the guest,
+    u64 guest_since;      // and since when it is there, 0: it is not
     // private
     struct Engine *e;
     char *image;
@@ -165,11 +171,13 @@ typedef struct Engine {
     void *break_ref[4];
     int nbreaks;
     size_t block_hook;
+    u64 blocks, block_bytes; // translated so far, and of how much guest code
     int quick;     // waiters that want the engine at once
 } Engine;
 
 #define F(t, o) (*(t *)(e->env + (o)))
 #define UC(t, o) (*(t *)(e->uc + (o)))
+#define TCG(t, o) (*(const t *)(tcg + (o)))
 #define S(t, o) (*(t *)(v->state + (o)))
 #define REGS(s) ((u64 *)(s))
 

@@ -47,6 +47,9 @@ static int check_layout(Engine *e, const char *path) {
     if (F(u64, XSAVE_COMPONENTS) != 7) return 1; // x87, SSE, AVX: those of the model
     if (F(u32, CPUID_VENDOR) != VENDOR_AMD || !(F(u64, XSAVE_FEATURES) & XSAVE_XGETBV1)) return 1;
     if (UC(void *, UC_MEMORY_MAPPING) != dlsym(lib, "find_memory_mapping_x86_64")) return 1;
+    if (UC(void *, UC_LAST_TB)) return 1; // nothing has run yet
+    const char *tcg = UC(char *, UC_TCG_CTX);
+    if (TCG(u64, TCG_BUFFER_END) - TCG(u64, TCG_BUFFER) > TCG(u64, TCG_BUFFER_SIZE)) return 1;
     if (!head_is_known()) return 1;
     for (int m = 0; m < 3; m++) {
         TlbFast *f = &F(TlbFast, TLB_FAST + 16 * m);
@@ -114,6 +117,8 @@ int nv_engine_new(const char *path, char *uc, const int *insns, Engine **out) {
         if (p_hook_add(uc, &id, HOOK_INSN, f[k], NULL, (u64)1, (u64)0, insns[k])) return 3;
     if (p_hook_add(uc, &id, HOOK_INTR, (void *)h_intr, NULL, (u64)1, (u64)0)) return 3;
     if (p_hook_add(uc, &id, HOOK_EDGE_GENERATED, (void *)h_translated, e, (u64)1, (u64)0)) return 3;
+    static const Tb none;
+    UC(const Tb *, UC_LAST_TB) = &none; // without one h_translated is not called: until a first block has come to its end
     int err = open_window(e);
     if (err) return err;
     install_tlb(e);
@@ -394,6 +399,15 @@ void nv_fxrstor(Vcpu *v, const u8 *b) {
     for (int i = 0; i < 16; i++) memcpy(v->state + XMM + 64 * i, b + 160 + 16 * i, 16);
     p_mxcsr(v->state);
     p_fpuc(v->state);
+}
+
+typedef struct { u64 blocks, guest_bytes, flushes, invalidated, code_bytes, code_capacity; } Translated; // layout.Translation
+
+// While a guest runs, too: each number is right, if not of the same moment.
+void nv_translation(const Engine *e, Translated *out) {
+    const char *tcg = UC(char *, UC_TCG_CTX);
+    *out = (Translated){e->blocks, e->block_bytes, TCG(u32, TCG_FLUSHES), TCG(u64, TCG_INVALIDATED),
+                         TCG(u64, TCG_BUFFER_END) - TCG(u64, TCG_BUFFER), TCG(u64, TCG_BUFFER_SIZE)};
 }
 
 u64 nv_host_tsc(void) { return __builtin_ia32_rdtsc(); }

@@ -43,9 +43,13 @@ def describe(vm: Vm) -> dict[str, Any]:
     }
 
 
-def statistics(vm: Vm) -> list[dict[str, Any]]:
-    """Each vCPU's statistics under Linux's names: numbers, and lists of numbers for histograms."""
-    return [{"id": vcpu.vcpu_id, **stats.values(vcpu)} for vcpu in list(vm.vcpus)]
+def statistics(vm: Vm) -> dict[str, Any]:
+    """``vcpus``: each one's statistics under Linux's names (numbers, lists of numbers for histograms), its times, and its exits
+    by reason (SVM's codes; ``vendor`` says how Linux calls them here); ``translation``; ``memory``, bytes of its slots."""
+    return {"vendor": vm.vendor.name, "translation": stats.translation(vm), "memory": sum(slot.size for slot in list(vm.memslots)),
+            "vcpus": [{"id": vcpu.vcpu_id, **stats.values(vcpu), **stats.times(vcpu), "wrmsr_exits": vcpu.arch.stat.wrmsr_exits,
+                       "reasons": {str(code): count for code, count in stats.exit_reasons(vcpu).items()}}
+                      for vcpu in list(vm.vcpus)]}
 
 
 def at_rest(vcpu: Vcpu, action: Callable[[], T]) -> T:

@@ -11,7 +11,17 @@ from __future__ import annotations
 import struct
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from kvmfs.cpu.cpu import EXIT_IO_IN, EXIT_IO_OUT, EXIT_MMIO_READ, EXIT_MMIO_WRITE, EXIT_NONE
+from kvmfs.abi import svm
+from kvmfs.cpu.cpu import (
+    EXIT_FETCH,
+    EXIT_IO_IN,
+    EXIT_IO_OUT,
+    EXIT_MMIO_READ,
+    EXIT_MMIO_WRITE,
+    EXIT_NONE,
+    EXIT_UNKNOWN,
+)
+from kvmfs.kvm.tsc import tsc_khz
 
 if TYPE_CHECKING:
     from kvmfs.kvm.kvm_main import Vcpu, Vm
@@ -71,16 +81,26 @@ VCPU_STATS: Final = (
     Stat("notify_window_exits"),
 )
 
+# What Linux does not count, or elsewhere: nanoseconds of a vCPU in its guest, and waiting for the engine while others had it;
+# of a VM, what the translator did: blocks, the guest's bytes in them, blocks that were dropped because their code changed, how
+# often its buffer was emptied, and how full that is.
+VCPU_TIMES: Final = ("guest_time_ns", "wait_time_ns")
+TRANSLATION: Final = ("tb_translated", "tb_guest_bytes", "tb_invalidated", "tb_flushed", "code_buffer_bytes", "code_buffer_size")
+_KINDS: Final = {EXIT_NONE: svm.SVM_EXIT_INTR, EXIT_IO_IN: svm.SVM_EXIT_IOIO, EXIT_IO_OUT: svm.SVM_EXIT_IOIO,
+                 **dict.fromkeys((EXIT_MMIO_READ, EXIT_MMIO_WRITE, EXIT_FETCH, EXIT_UNKNOWN), svm.SVM_EXIT_NPF)}
+
 
 class VcpuStat:
     """``struct kvm_vcpu_stat``, as far as something is counted; written by the vCPU's own thread only."""
 
     __slots__ = ("blocking", "directed_yield_attempted", "exits", "halt_exits", "halt_wait_hist", "halt_wait_ns", "halt_wakeup",
                  "hypercalls", "insn_emulation", "insn_emulation_fail", "irq_injections", "irq_window_exits",
-                 "mmio_exits", "nmi_injections", "req_event", "request_irq_exits", "signal_exits")
+                 "mmio_exits", "nmi_injections", "reasons", "req_event", "request_irq_exits", "signal_exits", "wrmsr_exits")
 
     def __init__(self) -> None:
         self.exits = [0] * EXIT_KINDS       # by the engine's kind of exit: one addition on the hot path
+        self.reasons: dict[int, int] = {}   # of those that are an SVM exit of the engine, by its code
+        self.wrmsr_exits = 0
         self.halt_wait_hist = [0] * HALT_POLL_HIST_COUNT
         self.blocking = self.directed_yield_attempted = self.halt_exits = self.halt_wait_ns = self.halt_wakeup = 0
         self.hypercalls = self.insn_emulation = self.insn_emulation_fail = self.irq_injections = self.irq_window_exits = 0
@@ -139,6 +159,28 @@ def values(vcpu: Vcpu) -> dict[str, int | list[int]]:
         value = known[name] if name in known else getattr(stat, name, 0)
         found[name] = [0] * size if size > 1 and not value else list(value) if isinstance(value, list) else value
     return found
+
+
+def exit_reasons(vcpu: Vcpu) -> dict[int, int]:
+    """How many exits there were by SVM's exit code, as the tracepoint kvm:kvm_exit would count them.  Any thread may ask."""
+    stat = vcpu.arch.stat
+    found = dict(stat.reasons)
+    for kind, code in _KINDS.items():
+        if stat.exits[kind]:
+            found[code] = found.get(code, 0) + stat.exits[kind]
+    return found
+
+
+def times(vcpu: Vcpu) -> dict[str, int]:
+    """VCPU_TIMES until now.  Any thread may ask."""
+    return dict(zip(VCPU_TIMES, (vcpu.cpu.guest_cycles * 10**6 // tsc_khz(), vcpu.cpu.waited), strict=True))
+
+
+def translation(vm: Vm) -> dict[str, int]:
+    """TRANSLATION until now.  Any thread may ask."""
+    done = vm.engine.translation()
+    return dict(zip(TRANSLATION, (done.blocks, done.guest_bytes, done.invalidated, done.flushes, done.code_bytes,
+                                  done.code_capacity), strict=True))
 
 
 def read_vcpu(vcpu: Vcpu) -> bytes:

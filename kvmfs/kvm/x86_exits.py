@@ -50,13 +50,15 @@ def _exit_none(vcpu: Vcpu) -> int:
 
 
 def _exit_svm(vcpu: Vcpu) -> int:
-    handler = EXIT_HANDLERS.get(vcpu.cpu.exit.code)
+    code, reasons = vcpu.cpu.exit.code, vcpu.arch.stat.reasons
+    reasons[code] = reasons.get(code, 0) + 1
+    handler = EXIT_HANDLERS.get(code)
     if handler is not None:
         return handler(vcpu)
     run = vcpu.run
     set_reason(run, EXIT_REASON, kx.KVM_EXIT_INTERNAL_ERROR)
     struct.pack_into("<IIQQ", run, UNION, kx.KVM_INTERNAL_ERROR_UNEXPECTED_EXIT_REASON, 2,
-                     vcpu.cpu.exit.code, current_cpu())
+                     code, current_cpu())
     return 0
 
 

@@ -81,7 +81,10 @@ def _cpuid(vcpu: Vcpu) -> int:
 
 
 def _msr(vcpu: Vcpu) -> int:
-    return msr_filter.emulate_wrmsr(vcpu) if vcpu.cpu.exit.info1 else msr_filter.emulate_rdmsr(vcpu)
+    if not vcpu.cpu.exit.info1:
+        return msr_filter.emulate_rdmsr(vcpu)
+    vcpu.arch.stat.wrmsr_exits += 1
+    return msr_filter.emulate_wrmsr(vcpu)
 
 
 def _monitor_mwait(vcpu: Vcpu) -> int:

@@ -72,6 +72,11 @@ def test_the_files_of_debugfs(kvmd):
             assert {entry.name for entry in directory.iterdir() if entry.is_dir()} == {"vcpu0", "vcpu1"}
             assert [(directory / where / "io_exits").read_text() for where in ("vcpu0", "vcpu1", ".")] == ["2\n", "2\n", "4\n"]
             assert (stats / "io_exits").read_text() == "4\n"
+            times = [int((directory / where / "guest_time_ns").read_text()) for where in ("vcpu0", "vcpu1", ".")]
+            assert all(times) and times[0] + times[1] == times[2]
+            assert int((directory / "tb_translated").read_text()) == int((stats / "tb_translated").read_text()) > 0
+            assert (directory / "remote_tlb_flush").read_text() == "0\n"
+            assert not (directory / "vcpu0/tb_translated").exists()
             for wrong in ("nothing", f"{directory.name}/vcpu7", f"{directory.name}/vcpu0/nothing", "1-5"):
                 assert not (stats / wrong).exists()
             with pytest.raises(OSError, match=r"denied|not permitted"):

@@ -21,6 +21,7 @@ from tests.daemon import ENVIRONMENT, KVMFS, kvmfs, ordinary_user
 # mov rax, 0x1234; again: inc rax; jmp again
 LOOP = bytes.fromhex("48 c7 c0 34 12 00 00  48 ff c0  eb fb")
 TABLES, CODE = 0x10000, 0x1000
+GROUPS = ["exits by reason", "exits", "interrupts", "ioctls", "translation", "time", "memory"]
 
 
 def ours(kvmd, command, *arguments):
@@ -82,15 +83,16 @@ def test_trace_as_json():
     assert [record["time"] for record in records] == sorted(record["time"] for record in records)
 
 
-def test_exits_as_the_kernel_shows_them():
-    result = kvmfs("trace", "--exits", "--", program("hello"))
+@pytest.mark.parametrize(("vendor", "io", "hlt"), [("amd", "io ", "hlt "), ("intel", "IO_INSTRUCTION ", "HLT ")])
+def test_exits_as_the_kernel_shows_them(vendor, io, hlt):
+    result = kvmfs("trace", "--exits", "--vendor", vendor, "--", program("hello"))
     lines = result.stderr.splitlines()
     form = (r"kvm_exit: vcpu 0 reason \S+ rip 0x[0-9a-f]+ info1 0x[0-9a-f]{16} info2 0x[0-9a-f]{16} "
             r"intr_info 0x\d{8} error_code 0x\d{8}")
     assert lines and all(re.fullmatch(form, line) for line in lines), lines[:3]
-    first = next(line for line in lines if "reason io " in line)
-    assert "info1 0x0000000003f80010" in first
-    assert "reason hlt " in lines[-1]
+    first = next(line for line in lines if f"reason {io}" in line)
+    assert f"info1 0x0000000003f800{'10' if vendor == 'amd' else '00'}" in first
+    assert f"reason {hlt}" in lines[-1]
 
 
 def test_an_injected_fault_is_named():
@@ -146,7 +148,10 @@ def test_looking_into_a_vm_that_runs(kvmd, busy):
     statistics = json.loads(ours(kvmd, "stat", "--once", "--json"))
     numbers = statistics["vms"][f"{kvmd.process.pid}/0"]
     assert numbers["KVM_RUN"] == numbers["KVM_CREATE_VCPU"] == 1 and numbers["irq_exits"] >= 1
-    assert statistics["total"]["exits"] == numbers["exits"]
+    assert statistics["total"]["exits"] == numbers["exits"] == sum(
+        count for name, count in numbers.items() if name.startswith("kvm_exit("))
+    assert numbers["guest_time_ns"] == numbers["vcpu0_guest_time_ns"] > 0 and numbers["tb_translated"] >= 1
+    assert 0 < numbers["code_buffer_bytes"] < numbers["code_buffer_size"] and numbers["guest_memory_bytes"] == 0x100000
 
 
 def test_there_is_no_such_vm(kvmd):
@@ -157,17 +162,29 @@ def test_there_is_no_such_vm(kvmd):
 
 def test_live_numbers(kvmd, busy):
     """Not on a terminal: one table after the other."""
-    process = subprocess.Popen([*KVMFS, "stat", "--interval", "0.2"], env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen([*KVMFS, "stat", "--daemon", str(kvmd.process.pid), "--interval", "0.2"], env=ENVIRONMENT,
+                               stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     seen = []
     for line in process.stdout:
-        seen.append(line)
-        if line.startswith("worker_cpu_seconds"):
+        seen.append(line.strip())
+        if line.startswith("  guest_memory_bytes"):
             break
     process.send_signal(signal.SIGINT)
     assert process.wait(10) == 0
     process.stdout.close()
-    assert any("per second" in line for line in seen) and seen[-1].startswith("worker_cpu_seconds"), seen
+    assert "per second" in seen[0] and f"VM 0 of daemon {kvmd.process.pid}" in seen[0], seen
+    assert [line for line in seen if line in GROUPS] == GROUPS, seen
+    rate, = (re.fullmatch(r"guest_time_ns +[0-9.]+ s +(\d+) %", line) for line in seen if line.startswith("guest_time_ns"))
+    assert rate is not None and int(rate[1]) > 10, seen
+
+
+def test_numbers_of_nobody(kvmd):
+    result = kvmfs("stat", "--once", "--daemon", str(kvmd.process.pid))
+    assert (result.returncode, result.stdout) == (0, "No VM runs.\n")
+    result = kvmfs("stat", "--once", "--vm", "7", "--daemon", str(kvmd.process.pid))
+    assert result.returncode == 1 and "there is no VM 7" in result.stderr
+    assert kvmfs("stat", "--once", "--daemon", "1").returncode == 1
 
 
 # ---- faults, and who may what -------------------------------------------------------------------------------

@@ -2,12 +2,17 @@
 """KVM_GET_STATS_FD: the layout, and what is counted."""
 
 import struct
+import threading
+import time
 
 import pytest
 
 from kvmfs.abi import ioctls as K
+from kvmfs.abi import svm
+from kvmfs.kvm import debugfs
 from kvmfs.kvm.kvm_main import DEVICE_INODE, VCPU_INODE, VCPU_STATS_INODE, VM_INODE, VM_STATS_INODE
-from tests.unit.machine import Machine, error
+from kvmfs_cli.exits import by_reason
+from tests.unit.machine import CODE, Machine, error
 
 
 @pytest.fixture(params=["amd", "intel"])
@@ -113,6 +118,58 @@ def test_failed_emulation_and_hypercalls(vendor):
     machine.run()
     values = stats(machine)[1]
     assert values["hypercalls"] == 1 and values["insn_emulation_fail"] == values["insn_emulation"]
+    machine.close()
+
+
+def test_exits_by_reason(vendor):
+    """SVM's codes, as the engine leaves the guest; those that a tracepoint would count."""
+    machine = Machine(vendor, "mov ecx, 0x10; rdmsr; wrmsr; cpuid; out 0x10, al; hlt")
+    while machine.run() == 0 and machine.reason != 5:
+        pass
+    numbers = debugfs.statistics(machine.vm)
+    vcpu, = numbers["vcpus"]
+    reasons = {int(code): count for code, count in vcpu["reasons"].items() if int(code) != svm.SVM_EXIT_INTR}
+    assert reasons == {svm.SVM_EXIT_MSR: 2, svm.SVM_EXIT_CPUID: 1, svm.SVM_EXIT_IOIO: 1, svm.SVM_EXIT_HLT: 1}
+    assert vcpu["wrmsr_exits"] == 1 and numbers["vendor"] == vendor and sum(vcpu["reasons"].values()) == vcpu["exits"]
+    names = by_reason(vcpu, vendor)
+    names.pop("interrupt" if vendor == "amd" else "EXTERNAL_INTERRUPT", None)
+    assert names == ({"msr": 2, "cpuid": 1, "io": 1, "hlt": 1} if vendor == "amd" else
+                     {"MSR_READ": 1, "MSR_WRITE": 1, "CPUID": 1, "IO_INSTRUCTION": 1, "HLT": 1})
+    machine.close()
+
+
+def test_time_and_translation(vendor):
+    machine = Machine(vendor, "mov ecx, 300000; again: dec ecx; jnz again; hlt")
+    before = debugfs.statistics(machine.vm)
+    assert before["vcpus"][0]["guest_time_ns"] == before["translation"]["tb_translated"] == 0 and before["memory"] == 1 << 20
+    began = time.monotonic_ns()
+    while machine.run() == 0 and machine.reason != 5:
+        pass
+    took = time.monotonic_ns() - began
+    after = debugfs.statistics(machine.vm)
+    assert 100_000 < after["vcpus"][0]["guest_time_ns"] <= took * 1.02
+    done = after["translation"]
+    assert 1 <= done["tb_translated"] < 50 and 0 < done["code_buffer_bytes"] < done["code_buffer_size"]
+    assert done["tb_guest_bytes"] >= 5 and done["tb_flushed"] == 0
+    machine.vm.engine.invalidate(CODE, 16)
+    assert debugfs.statistics(machine.vm)["translation"]["tb_invalidated"] > done["tb_invalidated"]
+    machine.close()
+
+
+def test_guest_time_grows_while_the_guest_runs(vendor):
+    machine = Machine(vendor, "again: jmp again")
+    thread = threading.Thread(target=machine.run)
+    thread.start()
+    try:
+        deadline = time.monotonic() + 20
+        while debugfs.statistics(machine.vm)["vcpus"][0]["guest_time_ns"] < 20_000_000:
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        assert machine.vcpu.request is not None     # it is in there yet
+    finally:
+        machine.vm.dead = True
+        machine.vcpu.kick()
+        thread.join(20)
     machine.close()
 
 

@@ -78,6 +78,17 @@ def every() -> Iterator[list[Daemon]]:
 
 
 @contextlib.contextmanager
+def chosen(pid: int | None) -> Iterator[list[Daemon]]:
+    """A connection to that daemon, or to all.  Raises DaemonError when that one is not there."""
+    if pid is None:
+        with every() as daemons:
+            yield daemons
+    else:
+        with Daemon(pid) as daemon:
+            yield [daemon]
+
+
+@contextlib.contextmanager
 def one(pid: int | None) -> Iterator[Daemon]:
     """A connection to that daemon, or to the only one.  Raises DaemonError."""
     if pid is None:
@@ -93,8 +104,7 @@ def one(pid: int | None) -> Iterator[Daemon]:
 
 def find_vm(number: int | None, pid: int | None) -> tuple[int, int]:
     """(daemon's pid, VM's number) of the VM that is meant: by number, or the only one.  Raises DaemonError."""
-    with contextlib.ExitStack() as stack:
-        daemons = [stack.enter_context(Daemon(pid))] if pid is not None else stack.enter_context(every())
+    with chosen(pid) as daemons:
         found = [(daemon.pid, int(vm["vm"])) for daemon in daemons for vm in daemon.ask("state")["vms"]
                  if number in (None, vm["vm"])]
     if not found:

@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable
 from typing import Any, Final
 
-from kvmfs.abi import caps, flags, ioctls, structs, svm
+from kvmfs.abi import caps, flags, ioctls, structs
 from kvmfs.abi import exits as kx
 from kvmfs.abi.ioctls import BY_NUMBER, Ioctl
 from kvmfs.testing.client import EXIT_NAMES
@@ -175,40 +175,3 @@ def ioctl(record: dict[str, Any]) -> str:
         said = exit_text(record)
     fault = f"  [fault {record['fault']}]" if "fault" in record else ""
     return f"{where}: {name}{' ' + said if said else ''} {outcome(record)} <{record['took'] / 1000:.0f} µs>{fault}"
-
-
-# ---- the guest's exits, as Linux's tracepoint shows them ----------------------------------------------------
-
-_SVM_NAMES: Final = {value: name.removeprefix("SVM_EXIT_").lower() for name, value in vars(svm).items()
-                     if name.startswith("SVM_EXIT_")}
-KIND_NONE, KIND_SVM, KIND_IN, KIND_OUT, KIND_READ, KIND_WRITE, KIND_FETCH = range(7)
-_KINDS: Final = {KIND_NONE: (0x60, "interrupt"), KIND_IN: (0x7B, "io"), KIND_OUT: (0x7B, "io"), KIND_READ: (0x400, "npf"),
-                 KIND_WRITE: (0x400, "npf"), KIND_FETCH: (0x400, "npf")}
-
-
-def kvm_exit(record: dict[str, Any]) -> str:
-    """A record "exit" in the form of the tracepoint kvm:kvm_exit with SVM's reasons: it is what the engine is."""
-    kind = record["kind"]
-    if kind == KIND_SVM:
-        reason, info1, info2 = _svm_reason(record["code"]), record["info1"], record["info2"]
-    else:
-        reason = _KINDS[kind][1]
-        info1, info2 = _infos(kind, record)
-    return (f"kvm_exit: vcpu {record['vcpu']} reason {reason} rip 0x{record['rip']:x} info1 0x{info1:016x} info2 0x{info2:016x} "
-            f"intr_info 0x00000000 error_code 0x00000000")
-
-
-def _svm_reason(code: int) -> str:
-    if svm.SVM_EXIT_EXCP_BASE <= code <= svm.SVM_EXIT_LAST_EXCP:
-        return f"excp {code - svm.SVM_EXIT_EXCP_BASE}"
-    return _SVM_NAMES.get(code, f"{code:#x}")
-
-
-def _infos(kind: int, record: dict[str, Any]) -> tuple[int, int]:
-    """EXITINFO1 and 2 as SVM would have them (APM vol. 2, 15.10.2 and 15.25.6)."""
-    if kind in (KIND_IN, KIND_OUT):
-        string = 1 << 2 | (1 << 3 if record["count"] != 1 else 0) if record["string"] else 0
-        return record["port"] << 16 | record["size"] << 4 | string | (kind == KIND_IN), 0
-    if kind == KIND_NONE:
-        return 0, 0
-    return {KIND_READ: 4, KIND_WRITE: 6, KIND_FETCH: 0x14}[kind] | 1 << 32, record["gpa"]

@@ -199,7 +199,7 @@ def vms(daemon: int | None, vcpu: int, registers: bool, disassemble: bool, walk:
 
     try:
         if vm is None and not (registers or disassemble) and walk is memory is physical is None:
-            window.show_all(as_json=as_json)
+            window.show_all(daemon, as_json=as_json)
             return
         pid, number = find_vm(vm, daemon)
         with Daemon(pid) as connected:

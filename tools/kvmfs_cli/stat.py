@@ -9,34 +9,28 @@ import time
 from collections import Counter, defaultdict
 from typing import Any
 
-from rich.console import Console, Group
-from rich.live import Live
-from rich.table import Table
-from rich.text import Text
-
 from kvmfs.abi.ioctls import BY_NUMBER
-from kvmfs_cli import daemons
+from kvmfs_cli import daemons, exits
 from kvmfs_cli.daemons import DaemonError
 from kvmfs_cli.memory import pss
 
 _TICK = os.sysconf("SC_CLK_TCK")
+_PARTS = ("id", "reasons", "wrmsr_exits")       # of a vCPU's statistics: no numbers of their own
 Numbers = dict[str, float]
 
 
 def snapshot(pid: int | None, vm: int | None) -> dict[str, Numbers]:
-    """Statistic by statistic, by "daemon/VM": Linux's names, ioctls, CPU seconds and bytes of the worker."""
+    """Statistic by statistic, by "daemon/VM": Linux's names, exits by reason, ioctls, translation, times and memory."""
     found: dict[str, Numbers] = {}
-    with daemons.every() as connected:
+    with daemons.chosen(pid) as connected:
         for daemon in connected:
-            if pid not in (None, daemon.pid):
-                continue
             for one in daemon.ask("state")["vms"]:
                 if vm not in (None, one["vm"]):
                     continue
                 try:
                     found[f"{daemon.pid}/{one['vm']}"] = _numbers(daemon.ask("statistics", vm=one["vm"]), one["worker"])
-                except DaemonError:
-                    continue            # it has just ended
+                except (DaemonError, KeyError, TypeError, ValueError, AttributeError):
+                    continue            # it has just ended; or says nonsense: workers are not trusted
     return found
 
 
@@ -44,12 +38,17 @@ def _numbers(answer: dict[str, Any], worker: int) -> Numbers:
     numbers: Counter[str] = Counter()
     for vcpu in answer["vcpus"]:
         for name, value in vcpu.items():
-            if name != "id" and isinstance(value, int):
+            if name not in _PARTS and isinstance(value, int):
                 numbers[name] += value
+                if name == "guest_time_ns":
+                    numbers[f"vcpu{vcpu['id']}_guest_time_ns"] = value
+        for reason, count in exits.by_reason(vcpu, answer["vendor"]).items():
+            numbers[f"kvm_exit({reason})"] += count
     for number, count in answer["ioctls"].items():
         entry = BY_NUMBER.get(int(number))
-        numbers[entry.name if entry else f"ioctl {int(number):#x}"] += count
-    return {**numbers, "worker_cpu_seconds": _cpu_seconds(worker), "worker_memory_bytes": pss(worker)}
+        numbers[entry.name if entry else f"KVM_ ioctl {int(number):#x}"] += count
+    return {**numbers, **answer["translation"], "guest_memory_bytes": answer["memory"],
+            "worker_cpu_seconds": _cpu_seconds(worker), "worker_memory_bytes": pss(worker)}
 
 
 def _cpu_seconds(pid: int) -> float:
@@ -66,55 +65,35 @@ def total(by_vm: dict[str, Numbers]) -> Numbers:
     numbers: defaultdict[str, float] = defaultdict(int)
     for one in by_vm.values():
         for name, value in one.items():
-            numbers[name] += value
+            if not name.startswith("vcpu"):
+                numbers[name] += value
     return numbers
 
 
-def _table(title: str, now: Numbers, before: Numbers | None, seconds: float) -> Table:
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-    table.add_column("statistic")
-    table.add_column("total", justify="right")
-    if before is not None:
-        table.add_column("per second", justify="right")
-    for name, value in sorted(now.items(), key=lambda item: (item[0].startswith("worker"), item[0].startswith("KVM_"), -item[1])):
-        if value:
-            rate = [] if before is None else [f"{(value - before.get(name, 0)) / seconds:,.0f}"]
-            table.add_row(name, f"{value:,.2f}" if isinstance(value, float) else f"{value:,}", *rate)
-    return table
-
-
-def _view(now: dict[str, Numbers], before: dict[str, Numbers] | None, seconds: float) -> Group | Text:
-    if not now:
-        return Text("No VM runs.")
-    parts = [_table(f"VM {name.partition('/')[2]} of daemon {name.partition('/')[0]}", numbers,
-                    None if before is None else before.get(name, {}), seconds) for name, numbers in now.items()]
-    if len(now) > 1:
-        parts.append(_table("all VMs", total(now), None if before is None else total(before), seconds))
-    return Group(*parts)
-
-
 def stat(*, pid: int | None, vm: int | None, once: bool, interval: float, as_json: bool) -> None:
-    """Show the numbers once, or again and again until ^C."""
-    console = Console(width=None if Console().is_terminal else 120)
+    """Show the numbers once, or again and again until ^C.  Raises DaemonError when that VM, or daemon, is not there."""
+    from kvmfs_cli.stat_table import Screen
+
+    if vm is not None:
+        daemons.find_vm(vm, pid)
     now = snapshot(pid, vm)
     if once:
         if as_json:
             print(json.dumps({"vms": now, "total": total(now)}, indent=2))
         else:
-            console.print(_view(now, None, 1))
+            with Screen(live=False) as screen:
+                screen.show(now, None, 1)
         return
     then = time.monotonic()
     try:
-        with Live(console=console, auto_refresh=False, screen=console.is_terminal) as live:
+        with Screen(live=not as_json) as screen:
             while True:
                 time.sleep(interval)
                 before, now, elapsed = now, snapshot(pid, vm), time.monotonic() - then
                 then += elapsed
                 if as_json:
                     print(json.dumps({"vms": now, "total": total(now)}), flush=True)
-                elif console.is_terminal:
-                    live.update(_view(now, before, elapsed), refresh=True)
                 else:
-                    console.print(_view(now, before, elapsed))
+                    screen.show(now, before, elapsed)
     except KeyboardInterrupt:
         pass

@@ -16,7 +16,7 @@ from typing import Any, TextIO
 
 from kvmd.link import Link, LinkError
 from kvmfs.abi.ioctls import BY_NUMBER
-from kvmfs_cli import daemons, decode
+from kvmfs_cli import daemons, decode, exits
 
 _RECORDS = 4 << 20          # bytes of records that may wait for the printer
 
@@ -89,7 +89,7 @@ def _line(record: dict[str, Any], shown: Filter, *, as_json: bool, times: bool) 
             return ""
         if as_json:
             return json.dumps(record)
-        text = decode.kvm_exit(record) if record["op"] == "exit" else decode.ioctl(record)
+        text = exits.kvm_exit(record) if record["op"] == "exit" else decode.ioctl(record)
         lost = f"({record['lost']} records lost)\n" if "lost" in record else ""
         clock = time.strftime("%H:%M:%S", time.localtime(record["time"] // 10**9)) + f".{record['time'] // 1000 % 10**6:06} "
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:

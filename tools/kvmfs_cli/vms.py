@@ -36,10 +36,10 @@ def _user(uid: int) -> str:
         return str(uid)
 
 
-def collect() -> list[dict[str, Any]]:
-    """Every VM that this user may see, as JSON-able objects."""
+def collect(pid: int | None = None) -> list[dict[str, Any]]:
+    """Every VM, or every one of a daemon, that this user may see, as JSON-able objects.  Raises DaemonError."""
     found = []
-    with daemons.every() as connected:
+    with daemons.chosen(pid) as connected:
         for daemon in connected:
             for vm in daemon.ask("state")["vms"]:
                 try:
@@ -55,9 +55,9 @@ def _details(daemon: Daemon, vm: dict[str, Any]) -> dict[str, Any]:
             "worker_pss": pss(vm["worker"])}
 
 
-def show_all(*, as_json: bool) -> None:
-    """The table, or the list as JSON."""
-    found = collect()
+def show_all(pid: int | None = None, *, as_json: bool) -> None:
+    """The table, or the list as JSON.  Raises DaemonError."""
+    found = collect(pid)
     if as_json:
         print(json.dumps(found, indent=2))
         return
