@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 PYTHON := .venv/bin/python
 
-.PHONY: all setup clients run boot boot-matrix bench fuzz selftests test clean
+.PHONY: all setup clients run boot boot-matrix libvirt bench fuzz selftests test clean
 
 all: setup clients
 
@@ -24,6 +24,10 @@ boot: setup
 boot-matrix: setup
 	tools/boot-packages.sh ovmf memtest86+ grub-common grub-pc-bin xorriso mtools qemu-utils
 	PYTHONPATH=.:daemon:tools $(PYTHON) -m qemu_boot.matrix
+
+# kvm-ok, virt-host-validate and a libvirt domain of type kvm, as root.
+libvirt: setup
+	tools/libvirt.sh
 
 # Linux's own KVM selftests, from Debian's linux-source-6.12, on the fake node, both vendors.
 selftests: setup
