@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 PYTHON := .venv/bin/python
 
-.PHONY: all setup clients run boot boot-matrix libvirt bench fuzz selftests test clean
+.PHONY: all setup clients run boot boot-matrix libvirt bench fuzz selftests vmm-tests test clean
 
 all: setup clients
 
@@ -33,6 +33,10 @@ libvirt: setup
 selftests: setup
 	tools/selftests/build.sh
 	$(PYTHON) tools/selftests/run.py
+
+# The unit tests of rust-vmm's kvm-ioctls and a boot with QEMU 10, from Debian 13 in a root of its own.
+vmm-tests: setup
+	tools/vmm_tests.sh
 
 # kvmfs beside its rivals (a C libfuse server, the machine's own node, QEMU's TCG): a table, and build/bench.json.
 # More: make bench BENCH=--help
