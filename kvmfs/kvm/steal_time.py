@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from kvmfs.kvm.kvm_main import Vcpu
 
 KVM_MSR_ENABLED = 1
-RECORD_NS = 10**6               # guests look at it in their timer tick; more often is not worth the reading
+RECORD_NS = 10**6               # guests look at it in their timer tick; more often is not worth the reading,
+NOTICEABLE_NS = 10**5           # except when the client's thread has waited for as long as this
 _MAX_FILES = 256
 _HEAD = struct.Struct("<QII")   # struct kvm_steal_time: steal, version, flags
 _PREEMPTED, _SIZE = 16, 64
@@ -85,6 +86,11 @@ class StealTime:
         self._last: dict[str, tuple[int, int]] = {}         # whose thread → its tid, and its delay then
         self._waited = self.recorded_ns = 0
 
+    def noticeable(self, client: int, client_delay: int) -> bool:
+        """Has the client's thread waited for long since the last call of ``stolen``?"""
+        known, last = self._last.get("client", (0, 0))
+        return client == known and client_delay - last >= NOTICEABLE_NS
+
     def stolen(self, waited: int, client: int, client_delay: int) -> int:
         """Nanoseconds since the last call.  A thread that is new here has lost nothing of this vCPU's yet.
 
@@ -106,11 +112,12 @@ def record_steal_time(vcpu: Vcpu) -> None:
     if not steal.msr & KVM_MSR_ENABLED:
         return
     now = time.monotonic_ns()
-    if now - steal.recorded_ns < RECORD_NS:
+    client = vcpu.request.tid if vcpu.request is not None else 0
+    delay = vcpu.vm.host.run_delay(client) if client else 0
+    if now - steal.recorded_ns < RECORD_NS and not steal.noticeable(client, delay):
         return
     steal.recorded_ns = now
-    client = vcpu.request.tid if vcpu.request is not None else 0
-    lost = steal.stolen(vcpu.cpu.waited, client, vcpu.vm.host.run_delay(client) if client else 0)
+    lost = steal.stolen(vcpu.cpu.waited, client, delay)
     gpa, slots = steal.msr & KVM_STEAL_VALID_BITS, vcpu.vm.memslots
     try:
         total, version, flags = _HEAD.unpack(slots.read(gpa, _HEAD.size))

@@ -2,6 +2,7 @@
 """What KVM offers its guests beside the clock: EOI in memory, IPIs and kicks by hypercall, async page faults, steal time."""
 
 import struct
+from types import SimpleNamespace
 
 import pytest
 from irq_machine import APIC, APIC_ON, COUNTS, DONE, eventually, handler
@@ -235,6 +236,22 @@ def test_waiting_for_another_vcpu_is_stolen_time(machine):
         m.vm.vcpus[i].arch.steal_time.recorded_ns = 0
         m.start(i).stop()
         assert struct.unpack("<Q", m.read(0x3800 + 64 * i, 8))[0] >= 5_000_000
+
+
+@pytest.mark.skipif(not steal_time.available(), reason="this kernel does not count")
+def test_what_the_client_waited_for_is_recorded_at_once(machine):
+    """Less than a millisecond after the last record, and only when it is worth it."""
+    m = machine("amd", DONE)
+    assert set_msr(m, M.MSR_KVM_STEAL_TIME, 0x3801) == 1
+    m.vcpu.request = SimpleNamespace(tid=1)
+    records = []
+    for waited in (0, steal_time.NOTICEABLE_NS, steal_time.NOTICEABLE_NS - 1):
+        m.host.client_delay += waited
+        steal_time.record_steal_time(m.vcpu)
+        m.vcpu.arch.steal_time.recorded_ns = 1 << 62        # no time passes
+        records.append(struct.unpack("<QI", m.read(0x3800, 12)))
+    (before, version), (after, next_version), last = records
+    assert (next_version, after - before >= steal_time.NOTICEABLE_NS, last) == (version + 2, True, (after, next_version))
 
 
 @pytest.mark.skipif(not steal_time.available(), reason="this kernel does not count")
