@@ -16,9 +16,10 @@ clients:
 run: setup clients
 	.venv/bin/kvmfs run -- build/hello
 
-# Unmodified QEMU boots Linux on the fake node, both vendors, beside -accel tcg.
+# Unmodified QEMU boots Linux on the fake node, from an initramfs and from a disk, both vendors, beside -accel tcg.
 boot: setup
-	tools/boot.sh
+	tools/boot-packages.sh
+	PYTHONPATH=.:daemon:tools $(PYTHON) -m qemu_boot.boot
 
 # Machine types, devices, the monitor, boot loaders: every case of tools/qemu_boot/cases.py, one line each.
 boot-matrix: setup

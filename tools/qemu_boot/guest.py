@@ -12,13 +12,15 @@ import subprocess
 import sys
 import tempfile
 import time
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
+from qemu_boot import remains
 from qemu_boot.images import QEMU
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = remains.ROOT
 KVMFS = (sys.executable, "-m", "kvmfs_cli")
 # What QEMU says when it is told to end; always with kernel-irqchip=off; with more vCPUs than the host has CPUs. On any KVM.
 EXPECTED_STDERR = ("terminating on signal", "Userspace local APIC is deprecated for KVM",
@@ -31,22 +33,25 @@ class GuestError(Exception):
 
 
 class Guest:
-    """A running QEMU.  A context manager: at its end the process is gone, or was killed."""
+    """A running QEMU.  A context manager: at its end the process is gone, or was killed, and nothing of kvmfs is left."""
 
     def __init__(self, vendor: str | None, arguments: Sequence[str], *, machine: str = "pc",
-                 run_options: Sequence[str] = (), terminal: int | None = None) -> None:
+                 node: remains.Node | None = None, terminal: int | None = None) -> None:
         """``vendor``: "amd" or "intel" under `kvmfs run` with -accel kvm; None is TCG without kvmfs.
 
+        ``node``: the daemon whose node QEMU gets, of that vendor; otherwise it gets a daemon of its own.
         ``terminal``: a descriptor of the terminal that is to be QEMU's standard input and its session's.
         """
         self._directory = tempfile.TemporaryDirectory(prefix="qemu-boot-")
         self._qmp_path = os.path.join(self._directory.name, "qmp")
         self._stderr = tempfile.TemporaryFile()      # noqa: SIM115 - closed by __exit__
         accel = "tcg" if vendor is None else "kvm"
-        wrapper = [] if vendor is None else [*KVMFS, "run", "--vendor", vendor, *run_options, "--"]
+        options = ["--vendor", str(vendor)] if node is None else ["--node", str(node.path)]
+        wrapper = [] if vendor is None else [*KVMFS, "run", *options, "--"]
         command = [*wrapper, QEMU, "-machine", f"{machine},accel={accel}", "-nodefaults", "-display", "none", "-serial", "stdio",
                    "-qmp", f"unix:{self._qmp_path},server=on,wait=off", *arguments]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in (".", "daemon", "tools"))}
+        self._marker = f"KVMFS_QEMU_BOOT={uuid.uuid4()}"
+        environment = {**remains.ENVIRONMENT, **dict([self._marker.split("=")]), "TMPDIR": self._directory.name}
         if terminal is not None:
             command = ["setsid", "--ctty", "--wait", *command]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE if terminal is None else terminal,
@@ -154,6 +159,13 @@ class Guest:
 
     # ---- end ------------------------------------------------------------------------------------------------
 
+    def qemu(self) -> int:
+        """QEMU's own pid: `kvmfs run` is between it and us.  Raises GuestError."""
+        for pid in remains.marked(self._marker):
+            if Path(f"/proc/{pid}/comm").read_text().startswith("qemu-system"):
+                return pid
+        raise self._fail("QEMU is gone")
+
     def wait(self, seconds: float = 30) -> int:
         """Wait for QEMU's end; its exit status.  Raises GuestError."""
         deadline = time.monotonic() + seconds
@@ -186,4 +198,8 @@ class Guest:
         for file in (self.process.stdin, self.process.stdout, self._stderr):
             if file is not None:
                 file.close()
-        self._directory.cleanup()
+        try:
+            if kind is None:
+                remains.settle(lambda: remains.private(self._marker, Path(self._directory.name)))
+        finally:
+            self._directory.cleanup()
