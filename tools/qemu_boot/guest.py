@@ -71,7 +71,8 @@ class Guest:
         return "\n".join(line for line in lines if line.strip() and not any(text in line for text in EXPECTED_STDERR))
 
     def _fail(self, text: str) -> GuestError:
-        return GuestError(f"{text}; the console ended with {self.console[-400:]!r}, stderr: {self.stderr()[-400:]!r}")
+        # QEMU says why a KVM_RUN failed before it dumps the registers.
+        return GuestError(f"{text}; the console ended with {self.console[-400:]!r}, stderr: {self.stderr()[:1200]!r}")
 
     def read(self, seconds: float) -> bool:
         """Take what the console has within ``seconds``; False at its end."""
