@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 
 NSEC_PER_SEC = 1_000_000_000
+NEVER = 1 << 63
 SLACK = 300_000                 # ns that the thread leaves to a halted vCPU that waits for the same timer
 log = logging.getLogger("kvmfs.hrtimer")
 now_ns = time.monotonic_ns
@@ -54,6 +55,7 @@ class HrTimers:
         self._thread: threading.Thread | None = None
         self._closed = False
         self._sleeper = False           # a halted vCPU waits for the first timer
+        self._wakes_at = NEVER          # when the thread looks again by itself
 
     def sleep(self, wake: threading.Event) -> None:
         """Wait for ``wake``, firing timers meanwhile: a halted vCPU's own tick then costs no change of threads.
@@ -89,7 +91,8 @@ class HrTimers:
                 return
             self._thread = threading.Thread(target=self._run, name="hrtimer", daemon=True)
             self._thread.start()
-        elif self._queue[0][2] is timer:
+        elif timer.expires < self._wakes_at:    # a guest that puts its timer off costs no change of threads
+            self._wakes_at = timer.expires
             self._changed.notify()
 
     @staticmethod
@@ -109,9 +112,12 @@ class HrTimers:
             while not self._closed:
                 wait = self._fire()
                 if wait is None:
+                    self._wakes_at = NEVER
                     self._changed.wait()
                 elif wait > 0:
-                    self._changed.wait((wait + SLACK * self._sleeper) / NSEC_PER_SEC)
+                    wait += SLACK * self._sleeper
+                    self._wakes_at = now_ns() + wait
+                    self._changed.wait(wait / NSEC_PER_SEC)
 
     def _fire(self) -> int | None:
         """Fire the first timer if it is due; how long to wait then."""

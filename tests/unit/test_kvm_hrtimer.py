@@ -85,3 +85,26 @@ def test_an_earlier_timer_comes_in_time_while_a_vcpu_sleeps(timers):
     assert fired.wait(5)
     wake.set()
     sleeper.join(10)
+
+
+def test_a_timer_that_is_put_off_does_not_wake_the_thread(timers, monkeypatch):
+    """... which looks again when it would have fired; one that comes earlier than that wakes it."""
+    looks, fired = [], threading.Event()
+    timer = HrTimer(timers, fired.set)
+    fire = timers._fire
+    monkeypatch.setattr(timers, "_fire", lambda: looks.append(1) or fire())
+    with timers._changed:
+        timer.start(now_ns() + 10_000_000_000)
+    eventually(lambda: timers._wakes_at < hrtimer.NEVER)
+    before = len(looks)
+    notified = []
+    monkeypatch.setattr(timers._changed, "notify", lambda: notified.append(1))
+    for seconds in (20, 30, 40):
+        with timers._changed:
+            timer.cancel()
+            timer.start(now_ns() + seconds * 1_000_000_000)
+    assert (notified, len(looks)) == ([], before)
+    monkeypatch.undo()
+    with timers._changed:
+        timer.start(now_ns() + 1_000_000)
+    assert fired.wait(5)

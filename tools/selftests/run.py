@@ -17,7 +17,7 @@ import time
 import tomllib
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ class Expectation:
     why: str = ""
     timeout: float = TIMEOUT        # seconds
     arguments: tuple[str, ...] = ()
+    attempts: int = 1
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class Outcome:
     seconds: float
     said: str                       # why it skipped, or the end of its output
     expectation: Expectation
+    attempt: int = 1
 
     @property
     def as_expected(self) -> bool:
@@ -72,6 +74,7 @@ class Expectations:
         self._arguments: dict[str, list[str]] = table["arguments"]
         self._open: dict[str, str] = table["open"]
         self._timeout: dict[str, float] = table["timeout"]
+        self._attempts: dict[str, int] = table["attempts"]
         self.fast: list[str] = table["fast"]
 
     def of(self, test: str, vendor: str) -> Expectation:
@@ -93,7 +96,7 @@ class Expectations:
         if test in self._open:
             return Expectation("open", self._open[test], timeout)
         if test in self._pass:
-            return Expectation("pass", "", timeout, tuple(self._arguments.get(test, ())))
+            return Expectation("pass", "", timeout, tuple(self._arguments.get(test, ())), self._attempts.get(test, 1))
         return Expectation("unlisted", "expected.toml does not name it", timeout)
 
 
@@ -152,7 +155,12 @@ def run_tests(tests: Sequence[str], vendors: Sequence[str], expectations: Expect
     """Run each of ``tests`` with each of ``vendors``, one after the other."""
     for test in tests:
         for vendor in vendors:
-            yield run_test(test, vendor, expectations.of(test, vendor))
+            expectation = expectations.of(test, vendor)
+            for attempt in range(1, expectation.attempts + 1):
+                outcome = replace(run_test(test, vendor, expectation), attempt=attempt)
+                if outcome.as_expected:
+                    break
+            yield outcome
 
 
 def line(outcome: Outcome) -> str:
@@ -166,6 +174,8 @@ def line(outcome: Outcome) -> str:
             text += f": {outcome.said}"
     elif outcome.result == "skip":
         text += f"  {outcome.expectation.why} ({outcome.said})"
+    if outcome.attempt > 1:
+        text += f"  (attempt {outcome.attempt})"
     return text
 
 
@@ -187,14 +197,17 @@ def junit(outcomes: Sequence[Outcome]) -> ET.ElementTree:
 
 
 def summary(outcomes: Sequence[Outcome]) -> str:
-    """The last lines: how many did what."""
-    lines = []
-    for vendor in dict.fromkeys(o.vendor for o in outcomes):
-        mine = [o for o in outcomes if o.vendor == vendor]
-        counts = ", ".join(f"{sum(o.result == result for o in mine)} {result}"
+    """The last lines: how many did what, for each vendor and together."""
+
+    def counted(name: str, some: Sequence[Outcome]) -> str:
+        counts = ", ".join(f"{sum(o.result == result for o in some)} {result}"
                            for result in ("pass", "skip", "fail", "hang", "signal"))
-        lines.append(f"{vendor:6} {len(mine)} tests: {counts}; {sum(not o.as_expected for o in mine)} not as expected")
-    return "\n".join(lines)
+        return (f"{name:6} {len(some):3} tests: {counts}; {sum(not o.as_expected for o in some)} not as expected; "
+                f"{sum(o.seconds for o in some) / 60:.0f} min")
+
+    vendors = dict.fromkeys(o.vendor for o in outcomes)
+    return "\n".join([*(counted(vendor, [o for o in outcomes if o.vendor == vendor]) for vendor in vendors),
+                      counted("all", outcomes)])
 
 
 def main() -> int:
