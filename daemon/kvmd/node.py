@@ -42,23 +42,37 @@ STATS = "stats"
 MAX_IDLE = 2
 
 
-def device_at(mountpoint: str) -> int:
-    """The device number of the file system that is mounted there, without asking it."""
-    device = 0
+def _mounted_at(mountpoint: str) -> list[str]:
+    """The fields of /proc/self/mountinfo for what is mounted there, on top of others; without asking it.  []: nothing."""
+    found: list[str] = []
     with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as file:
         for line in file:
             fields = line.split()
             if fields[4].encode().decode("unicode_escape") == mountpoint:
-                major, _, minor = fields[2].partition(":")
-                device = os.makedev(int(major), int(minor))     # the last one is on top
-    return device
+                found = fields                                  # the last one is on top
+    return found
+
+
+def device_at(mountpoint: str) -> int:
+    """The device number of the file system that is mounted there, 0: there is none."""
+    fields = _mounted_at(mountpoint)
+    if not fields:
+        return 0
+    major, _, minor = fields[2].partition(":")
+    return os.makedev(int(major), int(minor))
+
+
+def type_at(mountpoint: str) -> str:
+    """The type of the file system that is mounted there, "": there is none."""
+    fields = _mounted_at(mountpoint)
+    return fields[fields.index("-") + 1] if fields else ""
 
 
 class Node:
     """Mounted from construction to :meth:`unregister`; :meth:`serve` runs the main loop."""
 
     def __init__(self, options: Options, ops: KvmX86Ops, vms: Vms) -> None:
-        self.mountpoint = os.path.abspath(options.mountpoint)
+        self.mountpoint = os.path.realpath(options.mountpoint)      # as mountinfo has it
         self.path = os.path.join(self.mountpoint, NODE)
         self.vms_passthrough = vms.passthrough
         self._vms = vms
@@ -67,6 +81,9 @@ class Node:
         os.makedirs(self.mountpoint, exist_ok=True)
         if mount.clear_stale(self.mountpoint):
             log.warning("a stale mount on %s was removed", self.mountpoint)
+        if type_at(self.mountpoint) == mount.FS_TYPE:
+            raise OSError(errno.EBUSY, f"another daemon serves {self.mountpoint} ('kvmfs version' shows it): end that one, or "
+                          "choose another directory")
         self._operations = PublicOperations(self._state, StatsTree(vms.brokers), os.geteuid(), os.getegid())
         self._operations.add_node(STATE_INODE, STATE, mode=0o444, uid=uid, gid=gid)
         self._operations.add_node(NODE_INODE, NODE, mode=options.mode, uid=uid, gid=gid, size=0, data=None)

@@ -52,7 +52,7 @@ class Options:
             try:
                 return grp.getgrnam(self.group).gr_gid
             except KeyError:
-                raise ValueError(f"there is no group {self.group!r}") from None
+                raise ValueError(f"there is no group {self.group!r} ('groupadd --system {self.group}' makes it)") from None
         if os.getuid() != 0:
             return os.getgid()
         try:

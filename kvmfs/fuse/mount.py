@@ -68,15 +68,18 @@ def _syscall(number: int, *arguments: int | bytes | None) -> int:
 # --- /dev/fuse and mounting ---------------------------------------------------------------------------------
 
 
+_NO_FUSE: Final = ("The kernel has no FUSE (CONFIG_FUSE_FS), or its module is not loaded: try 'modprobe fuse' "
+                   "(modprobe is in the package kmod)")
+
+
 def open_dev_fuse() -> int:
     """A new /dev/fuse descriptor (close-on-exec), good for one mount. OSError: ENOENT, EACCES, ENODEV, …"""
     try:
         return os.open(FUSE_DEVICE, os.O_RDWR | os.O_CLOEXEC)
     except OSError as error:
         advice = {
-            errno.ENOENT: "The kernel has no FUSE or the module is not loaded: try 'modprobe fuse'; in a container, "
-                          "pass the device in (--device /dev/fuse)",
-            errno.ENODEV: "The kernel has no FUSE or the module is not loaded: try 'modprobe fuse'",
+            errno.ENOENT: f"{_NO_FUSE}; in a container, pass the device in (--device /dev/fuse)",
+            errno.ENODEV: _NO_FUSE,
             errno.EACCES: "The user may not open it: try 'chmod 666 /dev/fuse', which is the usual mode",
             errno.EPERM: "A device cgroup forbids it: in a container, pass the device in (--device /dev/fuse)",
         }.get(error.errno or 0, "")
@@ -87,9 +90,10 @@ def _advice(number: int) -> str:
     return {
         errno.EPERM: "Mounting needs CAP_SYS_ADMIN: be root, or use a user namespace (unshare -rm; 'kvmfs run' makes one)",
         errno.EINVAL: "In a user namespace /dev/fuse must be opened after unshare, and the ids of the caller mapped",
-        errno.ENODEV: "The kernel has no FUSE or the module is not loaded: try 'modprobe fuse'",
+        errno.ENODEV: _NO_FUSE,
         errno.ENOENT: "The directory does not exist: make it first",
         errno.ENOTDIR: "FUSE mounts on a directory: give one",
+        errno.EBUSY: "Something is mounted there and in use: choose another directory",
         errno.ENOTCONN: "A dead FUSE mount is there: umount -l it (clear_stale does)",
         errno.ENOSYS: "The kernel has no fsopen(2) (Linux 5.2)",
     }.get(number, "")

@@ -111,6 +111,8 @@ def test_kvmfs_mount_and_a_node_given(tmp_path, nothing_left):
         state = json.loads(kvmfs("version", "--json").stdout)["nodes"]
         mine, = (node for node in state if node["node"] == str(directory / "kvm"))
         assert (mine["vms"], mine["vms_created"]) == ([], 2)
+        second = kvmfs("mount", str(directory))
+        assert second.returncode == 1 and f"another daemon serves {directory} ('kvmfs version' shows it)" in second.stderr
     finally:
         daemon.send_signal(signal.SIGTERM)
         assert daemon.wait(15) == 0
@@ -122,9 +124,12 @@ def test_kvmfs_mount_and_a_node_given(tmp_path, nothing_left):
 
 @pytest.mark.parametrize(("arguments", "status", "message"), [
     (["run", "--node", "/nonexistent/kvm", "--", "true"], 125,
-     "kvmfs run: there is no node /nonexistent/kvm: 'kvmfs mount /nonexistent' would make it"),
+     "kvmfs run: cannot open /nonexistent/kvm: No such file or directory; 'kvmfs mount /nonexistent' would make it"),
+    (["run", "--node", "/etc/passwd", "--", "true"], 125, "kvmfs run: /etc/passwd is no KVM node"),
+    (["trace", "-o", "/nonexistent/file", "--", "true"], 125, "kvmfs trace: cannot write /nonexistent/file: No such file"),
+    (["run", "--", "/etc"], 126, "kvmfs run: /etc cannot be executed: Permission denied (it is a directory)"),
     (["run", "--", "no-such-program"], 127, "kvmfs run: no-such-program: there is no such program"),
-    (["run", "--", "/etc/passwd"], 126, "kvmfs run: /etc/passwd: Permission denied"),
+    (["run", "--", "/etc/passwd"], 126, "kvmfs run: /etc/passwd cannot be executed: Permission denied (is it a program"),
     (["run"], 2, "Missing argument"),
     (["run", "--vendor", "cyrix", "--", "true"], 2, "'cyrix' is not one of 'auto', 'intel', 'amd'"),
     (["mount"], 2, "Missing argument 'MOUNTPOINT'"),

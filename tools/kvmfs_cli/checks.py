@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import enum
 import errno
+import fcntl
 import os
 import platform
 import re
@@ -23,6 +24,8 @@ from importlib import metadata
 from pathlib import Path
 
 from kvmfs.client import notify, process
+from kvmfs.client.maps import PROCMAP_QUERY
+from kvmfs.client.takeover import PAGEMAP_SCAN
 from kvmfs.client.tracer import Thread
 from kvmfs.fuse import mount
 
@@ -191,7 +194,7 @@ def check_namespaces() -> Result:
     if namespace.user_namespaces():
         return ok("mount namespaces within user namespaces")
     return missing("neither mount nor user namespaces: 'kvmfs run' cannot work",
-                   "be root; or sysctl kernel.unprivileged_userns_clone=1 (Debian), "
+                   "be root; or a kernel with CONFIG_USER_NS, and sysctl kernel.unprivileged_userns_clone=1 (Debian), "
                    "kernel.apparmor_restrict_unprivileged_userns=0 (Ubuntu); in Docker: --privileged, or --cap-add SYS_ADMIN "
                    "with --security-opt seccomp=unconfined --security-opt apparmor=unconfined")
 
@@ -205,7 +208,9 @@ def check_capabilities() -> Result:
         return ok("CAP_SYS_ADMIN, CAP_SYS_PTRACE")
     bounded = [name for name, bit in (("CAP_SYS_ADMIN", CAP_SYS_ADMIN), ("CAP_SYS_PTRACE", CAP_SYS_PTRACE))
                if _libc.prctl(PR_CAPBSET_READ, bit, 0, 0, 0) != 1]
-    text = f"no {' and '.join(lacking)}: 'kvmfs run' serves this user's programs, 'kvmfs mount' needs root"
+    text = f"no {' and '.join(lacking)}: " + (
+        "programs of other users cannot be served" if lacking == ["CAP_SYS_PTRACE"] else
+        "'kvmfs run' works within a user namespace and serves this user's programs; 'kvmfs mount' needs root")
     if os.geteuid() == 0 and bounded:
         return degraded(text, "in Docker: " + " ".join(f"--cap-add {name.removeprefix('CAP_')}" for name in bounded))
     return degraded(text)
@@ -239,7 +244,8 @@ def check_pidfd() -> Result:
     try:
         fd = process.take_descriptor(os.getpid(), os.getpid(), 2)
     except OSError as error:
-        return missing(f"pidfd_getfd: {error.strerror}", "Linux 5.6; a seccomp profile may forbid it")
+        return missing(f"pidfd_getfd: {error.strerror}",
+                       "Linux 5.6; a container's seccomp profile may forbid it: in Docker --cap-add SYS_PTRACE allows it")
     os.close(fd)
     return ok("pidfd_open, pidfd_getfd")
 
@@ -255,7 +261,37 @@ def check_notification() -> Result:
     if process.status_field(os.getpid(), "Seccomp") == "2":
         return degraded(f"seccomp notification: {why}; under strace and gdb a client gets EPERM",
                         "this process is itself under a seccomp filter with a listener, or its filter forbids another")
-    return degraded(f"seccomp notification: {why}; under strace and gdb a client gets EPERM", "Linux 5.14")
+    return degraded(f"seccomp notification: {why}; under strace and gdb a client gets EPERM",
+                    "needs Linux 5.14 with CONFIG_SECCOMP_FILTER")
+
+
+def check_memory_of_clients() -> Result:
+    """What the kernel tells of a process's memory, beside what every kernel does."""
+    cost, advice = [], []
+    if not _knows("/proc/self/pagemap", PAGEMAP_SCAN):
+        cost.append("guest memory is taken over more slowly (no PAGEMAP_SCAN)")
+        advice.append("Linux 6.7 with CONFIG_PROC_PAGE_MONITOR")
+    if not _knows("/proc/self/maps", PROCMAP_QUERY):
+        cost.append("a client that moves its kvm_run mapping is noticed later (no PROCMAP_QUERY)")
+        advice.append("Linux 6.11")
+    try:
+        name = os.listdir("/proc/self/map_files")[0]
+        os.close(os.open(f"/proc/self/map_files/{name}", os.O_PATH | os.O_CLOEXEC))
+    except (OSError, IndexError):
+        cost.append("guest memory must not be a shared mapping without a descriptor (/proc/PID/map_files may not be used)")
+        advice.append("root outside a user namespace; in Docker --cap-add SYS_ADMIN")
+    if cost:
+        return degraded("; ".join(cost), "; ".join(advice))
+    return ok("PAGEMAP_SCAN, PROCMAP_QUERY, map_files")
+
+
+def _knows(path: str, request: int) -> bool:
+    with open(path, "rb") as file:
+        try:
+            fcntl.ioctl(file, request, bytes(104))      # a struct without a size: EINVAL where the request is known
+        except OSError as error:
+            return error.errno != errno.ENOTTY
+    return True
 
 
 # ---- all together -------------------------------------------------------------------------------------------
@@ -313,7 +349,8 @@ CHECKS: tuple[tuple[str, Callable[[], Result]], ...] = (
     ("machine", check_machine), ("kernel", check_kernel), ("memory", check_memory), ("python", check_python),
     ("packages", check_packages), ("engine", check_engine), ("fuse", check_fuse), ("mounting", check_mounting),
     ("passthrough", check_passthrough), ("namespaces", check_namespaces), ("capabilities", check_capabilities),
-    ("ptrace", check_ptrace), ("pidfd", check_pidfd), ("seccomp notification", check_notification), ("guest", check_guest),
+    ("ptrace", check_ptrace), ("pidfd", check_pidfd), ("seccomp notification", check_notification),
+    ("client memory", check_memory_of_clients), ("guest", check_guest),
 )
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from kvmfs_cli.nodes import NodeError, check_node
 from kvmfs_conformance import compare, differences, facts, report, runner
 from kvmfs_conformance.model import LEVELS, Case, Node, Status
 
@@ -29,9 +30,10 @@ class ConformanceError(Exception):
 
 def _open(path: str) -> Node:
     try:
+        check_node(path)
         return Node(path)
-    except OSError as error:
-        raise ConformanceError(f"{path}: {error.strerror} (`kvmfs run -- kvmfs conformance` makes a node)") from error
+    except (NodeError, OSError) as error:
+        raise ConformanceError(f"{error}; 'kvmfs run -- kvmfs conformance' checks this package's own") from error
 
 
 def conformance(patterns: Sequence[str], *, device: str, level: str | None, junit: str | None, json: str | None,

@@ -38,6 +38,23 @@ def _check_faults(context: click.Context, parameter: click.Parameter, rules: tup
     return check_faults(context, parameter, rules) if rules else rules
 
 
+def _check_command(context: click.Context, parameter: click.Parameter, command: tuple[str, ...]) -> tuple[str, ...]:
+    # Options after the program's name are the program's, so click does not look at any: not at mistyped ones before it either.
+    if command and command[0].startswith("-"):
+        raise click.NoSuchOption(command[0], ctx=context)
+    return command
+
+
+def _check_patterns(context: click.Context, parameter: click.Parameter, patterns: tuple[str, ...]) -> tuple[str, ...]:
+    from kvmfs.abi.ioctls import BY_NAME
+    from kvmfs_cli.trace import matches
+
+    for pattern in patterns:
+        if not pattern.startswith("0x") and not any(matches(name, pattern) for name in BY_NAME):
+            raise click.BadParameter(f"no ioctl matches {pattern} (docs/supported.md has them all)")
+    return patterns
+
+
 _FAULT = click.option("--fault", "faults", multiple=True, metavar="RULE", callback=_check_faults,
                       help="Inject a fault, KVM_CREATE_VCPU:ENOMEM:after=2 for example; may be given more than once "
                            "('kvmfs mount --help' explains the rules).")
@@ -54,6 +71,31 @@ def main() -> None:
 
     Programs open the node, issue the ioctls that they would issue to Linux's KVM, and their guests run: in an emulated CPU,
     on any x86-64 Linux with FUSE.
+
+    \b
+    Exit status:
+      0 done, 1 not found or failed, 2 the command line is wrong; those of run,
+      trace, doctor and conformance say more
+
+    \b
+    Files:
+      /dev/fuse               must be there, and may be opened
+      /dev/kvm                where 'kvmfs run' shows the node to its PROGRAM
+      DIRECTORY/kvm           the node of 'kvmfs mount DIRECTORY'
+      DIRECTORY/state         what runs there, as JSON
+      DIRECTORY/stats/        the statistics, as in /sys/kernel/debug/kvm
+
+    \b
+    Environment:
+      TMPDIR                  where 'kvmfs run' makes its mount point
+      KVMFS_SANDBOX_LOG=1     the kernel logs what a worker's seccomp filter
+                              refuses
+      NO_COLOR                tables and doctor without colours
+
+    \b
+    Examples:
+      kvmfs run -- qemu-system-x86_64 -accel kvm ...
+      kvmfs doctor
     """
 
 
@@ -63,7 +105,7 @@ def main() -> None:
 @_PROFILE
 @_PASSTHROUGH
 @_FAULT
-@click.option("--node", type=click.Path(), metavar="PATH",
+@click.option("--node", metavar="PATH",
               help="Use the node of a running daemon ('kvmfs mount DIRECTORY' makes DIRECTORY/kvm) and start none.")
 @click.option("--pretend-cpu", is_flag=True,
               help="Show PROGRAM a machine with KVM: by the vendor, a /proc/cpuinfo with the flag svm or vmx, and a /sys/module "
@@ -71,7 +113,8 @@ def main() -> None:
                    "node (kvm-ok, virt-host-validate, the kernel's selftests).")
 @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="warning",
               show_default=True, help="What the private daemon says on stderr.")
-@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED, metavar="[--] PROGRAM [ARGUMENT]...")
+@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED, metavar="[--] PROGRAM [ARGUMENT]...",
+                callback=_check_command)
 def run(vendor: str, profile: str, passthrough: str, faults: tuple[str, ...], node: str | None, pretend_cpu: bool,
         log_level: str, command: tuple[str, ...]) -> None:
     """Run PROGRAM with the fake node at /dev/kvm.
@@ -125,6 +168,12 @@ def version(as_json: bool) -> None:
 
     With --json: "versions", "host" (what works here: fuse, passthrough, user_namespaces), "capabilities" (how many of
     Linux's KVM_CAP_ are answered), "vendor" (what auto means here), "profiles", "steps" (of the daemon's start) and "nodes".
+    The exit status is 0.
+
+    \b
+    Examples:
+      kvmfs version
+      kvmfs version --json | jq .nodes
     """
     from kvmfs_cli import version as facts
 
@@ -148,6 +197,11 @@ def doctor(as_json: bool) -> None:
       1  something is degraded
       3  something is missing
       2  the command line is wrong
+
+    \b
+    Examples:
+      kvmfs doctor
+      kvmfs doctor --json | jq -r '.checks[] | select(.status != "ok").advice'
     """
     from kvmfs_cli.doctor import doctor as examine
 
@@ -193,6 +247,7 @@ def vms(daemon: int | None, vcpu: int, registers: bool, disassemble: bool, walk:
       kvmfs vms 0 --registers
       kvmfs vms 0 --walk 0xffffffff81000000
       kvmfs vms 0 --physical 0x7c00 --length 512
+      kvmfs vms --json | jq '.[].process'
     """
     from kvmfs_cli import vms as window
     from kvmfs_cli.daemons import Daemon, DaemonError, find_vm
@@ -229,8 +284,16 @@ def vms(daemon: int | None, vcpu: int, registers: bool, disassemble: bool, walk:
 def stat(daemon: int | None, vm: int | None, once: bool, interval: float, as_json: bool) -> None:
     """Show exits by reason, interrupts, ioctls by name, CPU time and memory of every VM, and of all together.
 
-    The names of the statistics are Linux's (KVM_GET_STATS_FD gives a program the same numbers).  On a terminal it is a live table,
-    ended by ^C; elsewhere one table after the other.
+    The names of the statistics are Linux's (KVM_GET_STATS_FD gives a program the same numbers, and so do the files in the stats/ of
+    'kvmfs mount'); kvm_exit(REASON) counts what the tracepoint would.  guest_time_ns is from entries to exits, wait_time_ns while
+    other vCPUs had the VM's engine; tb_ and code_buffer_ are about the translator's blocks.  On a terminal it is a live table,
+    ended by ^C; elsewhere one table after the other.  The exit status is 1 when there is no such VM or daemon.
+
+    \b
+    Examples:
+      kvmfs stat
+      kvmfs stat --once --json | jq '.total.exits'
+      kvmfs stat --vm 0 --interval 5 > numbers.log
     """
     from kvmfs_cli.daemons import DaemonError
     from kvmfs_cli.stat import stat as show
@@ -247,7 +310,8 @@ def stat(daemon: int | None, vm: int | None, once: bool, interval: float, as_jso
 @click.option("--vm", type=int, metavar="N", help="Only this VM.")
 @click.option("--vcpu", type=int, metavar="N", help="Only this vCPU.")
 @click.option("--level", type=click.Choice(["system", "vm", "vcpu", "device"]), help="Only ioctls of this kind of descriptor.")
-@click.option("-e", "--ioctl", "ioctls", multiple=True, metavar="PATTERN", help="Only these, KVM_RUN or '*MSRS' for example.")
+@click.option("-e", "--ioctl", "ioctls", multiple=True, metavar="PATTERN", callback=_check_patterns,
+              help="Only these, KVM_RUN or '*MSRS' for example; may be given more than once.")
 @click.option("--exits", is_flag=True, help="The guests' exits, as Linux's tracepoint kvm:kvm_exit shows them, not the ioctls.")
 @click.option("-t", "--time", "times", is_flag=True, help="Begin each line with the time of day.")
 @click.option("-o", "--output", type=click.Path(dir_okay=False), help="Write there, not to stderr (stdout when attached).")
@@ -258,14 +322,14 @@ def stat(daemon: int | None, vm: int | None, once: bool, interval: float, as_jso
 @_FAULT
 @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="warning", show_default=True,
               help="What the private daemon says on stderr.")
-@click.argument("command", nargs=-1, type=click.UNPROCESSED, metavar="[--] [PROGRAM [ARGUMENT]...]")
+@click.argument("command", nargs=-1, type=click.UNPROCESSED, metavar="[--] [PROGRAM [ARGUMENT]...]", callback=_check_command)
 def trace(daemon: int | None, vm: int | None, vcpu: int | None, level: str | None, ioctls: tuple[str, ...], exits: bool,
           times: bool, output: str | None, as_json: bool, vendor: str, profile: str, passthrough: str,
           faults: tuple[str, ...], log_level: str, command: tuple[str, ...]) -> None:
     """Show each ioctl with its fields, its result and how long it took; KVM_RUN with the exit that ended it.
 
     With PROGRAM it is run as 'kvmfs run' does, and the exit status is that of 'kvmfs run'.  Without, the VMs of a daemon that
-    runs are shown until ^C; the exit status is 1 when there are none.  Nothing is slower while nobody traces.
+    runs are shown until ^C; the exit status is 1 when there is none.  Nothing is slower while nobody traces.
 
     \b
     Examples:
@@ -287,8 +351,11 @@ def trace(daemon: int | None, vm: int | None, vcpu: int | None, level: str | Non
     except runner.RunError as error:
         click.echo(f"kvmfs trace: {error}", err=True)
         status = runner.EXIT_OURS
-    except (DaemonError, OSError) as error:
+    except DaemonError as error:
         _fail("trace", error)
+    except OSError as error:
+        click.echo(f"kvmfs trace: {error.strerror or error}", err=True)
+        status = runner.EXIT_OURS if command else 1
     sys.stdout.flush()
     os._exit(status)
 
@@ -296,7 +363,7 @@ def trace(daemon: int | None, vm: int | None, vcpu: int | None, level: str | Non
 @main.command(short_help="Print a shell's completion script.")
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 def completion(shell: str) -> None:
-    """Print the script with which SHELL completes kvmfs's commands and options.
+    """Print the script with which SHELL completes kvmfs's commands and options.  The exit status is 0.
 
     \b
     Examples:
@@ -318,7 +385,13 @@ def completion(shell: str) -> None:
 def fault(daemon: int | None, clear: bool, rules: tuple[str, ...]) -> None:
     """Have a running daemon follow these rules, and no others; counting starts anew.  Without a rule, show those that it follows.
 
-    'kvmfs mount --help' explains the rules.
+    'kvmfs mount --help' explains the rules.  The exit status is 1 when there is no such daemon, or it does not obey this user.
+
+    \b
+    Examples:
+      kvmfs fault KVM_SET_USER_MEMORY_REGION:ENOMEM:times=1
+      kvmfs fault --daemon 1234 KVM_RUN:EINTR:probability=0.01:seed=7
+      kvmfs fault --clear
     """
     from kvmfs_cli.daemons import DaemonError, one
 
@@ -333,7 +406,7 @@ def fault(daemon: int | None, clear: bool, rules: tuple[str, ...]) -> None:
 
 
 @main.command()
-@click.option("--device", type=click.Path(), default="/dev/kvm", show_default=True, help="The node.")
+@click.option("--device", default="/dev/kvm", metavar="PATH", show_default=True, help="The node.")
 @click.option("--level", type=click.Choice(["system", "vm", "vcpu", "device"]), help="Only ioctls of this kind of descriptor.")
 @click.option("--junit", type=click.Path(dir_okay=False), help="Write the results as JUnit XML.")
 @click.option("--json", "json_file", type=click.Path(dir_okay=False), help="Write everything that was found; --compare reads it.")
@@ -349,6 +422,12 @@ def conformance(device: str, level: str | None, junit: str | None, json_file: st
     PATTERN is a part of a case's name (level/ioctl/title), or a glob.  The exit status is 0 when everything that is
     required passed and, with --compare, every difference has a known reason; 1 otherwise, 2 when the suite
     could not run.
+
+    \b
+    Examples:
+      kvmfs run -- kvmfs conformance
+      kvmfs conformance --device /dev/kvm KVM_SET_MSRS
+      kvmfs run -- kvmfs conformance --compare linux-6.18-pvm
     """
     from kvmfs_cli import conformance as suite
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import signal
 import sys
@@ -14,6 +15,7 @@ from collections.abc import Callable, Sequence
 from kvmfs.fuse.mount import open_dev_fuse
 from kvmfs.vendor import host_vendor
 from kvmfs_cli import namespace
+from kvmfs_cli.nodes import NodeError, check_node
 
 PR_SET_PDEATHSIG = 1
 STOP_PATIENCE = 15          # seconds for the daemon to end its VMs
@@ -95,8 +97,11 @@ def run(command: Sequence[str], *, node: str | None, vendor: str, profile: str, 
     ``pretend_cpu``: its /proc/cpuinfo has the flag of the vendor's virtualization, its /sys/module the vendor's KVM.
     ``prepare`` is called with the private daemon's pid before the command starts; it may fork.
     """
-    if node is not None and not os.path.exists(node):
-        raise RunError(f"there is no node {node}: 'kvmfs mount {os.path.dirname(node) or '.'}' would make it")
+    if node is not None:
+        try:
+            check_node(node)
+        except NodeError as error:
+            raise RunError(str(error)) from None
     try:
         namespace.enter()
     except (namespace.NamespaceError, OSError) as error:
@@ -158,6 +163,13 @@ def _send_listener(daemon: PrivateDaemon) -> None:
     daemon.listeners.send("listener", [listener])
 
 
+def _why(program: str, number: int | None) -> str:
+    if os.path.isdir(program):
+        return " (it is a directory)"
+    return {errno.EACCES: " (is it a program, and executable? chmod +x)",
+            errno.ENOEXEC: " (a script needs '#!INTERPRETER' in its first line)"}.get(number or 0, "")
+
+
 def _become(command: Sequence[str], mask: set[int], daemon: PrivateDaemon | None) -> None:
     status = EXIT_OURS
     try:
@@ -172,7 +184,7 @@ def _become(command: Sequence[str], mask: set[int], daemon: PrivateDaemon | None
         print(f"kvmfs run: {command[0]}: there is no such program", file=sys.stderr)
         status = EXIT_NOT_FOUND
     except OSError as error:
-        print(f"kvmfs run: {command[0]}: {error.strerror}", file=sys.stderr)
+        print(f"kvmfs run: {command[0]} cannot be executed: {error.strerror}{_why(command[0], error.errno)}", file=sys.stderr)
         status = EXIT_NOT_EXECUTABLE
     finally:
         sys.stderr.flush()

@@ -42,7 +42,12 @@ class Filter:
             return False
         entry = BY_NUMBER.get(record["cmd"])
         name = entry.name if entry else f"{record['cmd']:#x}"
-        return not self.ioctls or any(fnmatch.fnmatch(name, prefix + pattern) for pattern in self.ioctls for prefix in ("", "KVM_"))
+        return not self.ioctls or any(matches(name, pattern) for pattern in self.ioctls)
+
+
+def matches(name: str, pattern: str) -> bool:
+    """KVM_GET_REGS by 'KVM_GET_REGS', 'GET_REGS', '*REGS', …"""
+    return any(fnmatch.fnmatchcase(name, prefix + pattern) for prefix in ("", "KVM_"))
 
 
 class Stream:
@@ -98,7 +103,10 @@ def _line(record: dict[str, Any], shown: Filter, *, as_json: bool, times: bool) 
 
 
 def _opened(path: str | None) -> TextIO | None:
-    return open(path, "w", encoding="utf-8") if path else None
+    try:
+        return open(path, "w", encoding="utf-8") if path else None
+    except OSError as error:
+        raise OSError(error.errno, f"cannot write {path}: {error.strerror}") from None
 
 
 def trace_command(command: Sequence[str], shown: Filter, output: str | None, *, as_json: bool, times: bool, **options: Any) -> int:
