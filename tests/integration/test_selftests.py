@@ -8,6 +8,7 @@ import tomllib
 import pytest
 
 from kvmfs.vendor import host_vendor
+from selftests import run
 from selftests.run import BUILT, EXPECTED, Expectations, run_test
 
 EXPECTATIONS = Expectations()
@@ -28,6 +29,16 @@ def test_what_asks_the_host_for_its_vendor() -> None:
     """It passes with that vendor, and is not run with the other."""
     results = {vendor: EXPECTATIONS.of("x86_64/xapic_state_test", vendor).result for vendor in ("amd", "intel")}
     assert results.pop(host_vendor()) == "pass" and list(results.values()) == ["not run"]
+
+
+def test_a_measure_of_time_gets_another_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The line says so; others get none."""
+    results = iter(("fail", "pass", "fail"))
+    monkeypatch.setattr(run, "run_test", lambda test, vendor, expected: run.Outcome(test, vendor, next(results), 1, "", expected))
+    timed, other = run.run_tests(["x86_64/apic_bus_clock_test", "x86_64/cpuid_test"], ["amd"], EXPECTATIONS)
+    assert (timed.result, timed.attempt, other.result, other.attempt) == ("pass", 2, "fail", 1)
+    assert "attempt 2" in run.line(timed) and "NOT AS EXPECTED" in run.line(other)
+    assert run.summary([timed, other]).splitlines()[-1].startswith("all      2 tests: 1 pass, 0 skip, 1 fail")
 
 
 @pytest.mark.timeout(130)
