@@ -46,7 +46,7 @@ class Window:
                 return debugfs.describe(vm)
             case "statistics":
                 return {**debugfs.statistics(vm),
-                        "ioctls": {str(number): count for number, count in list(self._dispatcher.counts.items())}}
+                        "ioctls": {str(number): count for number, count in self._dispatcher.counts().items()}}
             case "registers":
                 return debugfs.registers(self._vcpu(message))
             case "physical":
@@ -80,6 +80,7 @@ class Window:
     def _tap(self) -> None:
         self._dispatcher.tap([*self._faults, *self._tracers.values()])
         tap_exits(self._tell_exit if self._exit_tracers else None)
+        self._vm.stop_lanes()
 
     def _trace(self, message: Message) -> None:
         """Tell of every ioctl, or with ``exits`` of every exit of the guest, to the socket that comes with the order."""

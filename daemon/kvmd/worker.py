@@ -26,9 +26,9 @@ from kvmfs import vendor as vendors
 from kvmfs.api.dispatch import VmDispatcher
 from kvmfs.client.process import Process
 from kvmfs.cpu import engine
-from kvmfs.fuse.channel import Channel
+from kvmfs.fuse.channel import Channel, Shortcut
 from kvmfs.fuse.operations import NodeOperations
-from kvmfs.kvm import hyperv_cpuid, tsc
+from kvmfs.kvm import fastpath, hyperv_cpuid, tsc
 from kvmfs.kvm.kvm_main import DEVICE_INODE, VCPU_INODE, VM_INODE, Vm
 
 log = logging.getLogger("kvmd.worker")
@@ -45,6 +45,7 @@ def preload() -> None:
     for name in ("ascii", "idna", "latin-1"):
         codecs.lookup(name)
     engine.make_ahead()             # loads the native parts, too, which a worker has no right to open
+    fastpath.load()
     for name in ("amd", "intel"):
         vendors.load(name)
     sandbox.prepare()
@@ -85,7 +86,8 @@ class Worker:
         self.dispatcher = VmDispatcher(self.vm)
         self.window = Window(self.vm, self.dispatcher, number)
         self.channel = Channel(fuse, self.dispatcher.ioctl, interrupt=self.dispatcher.interrupt,
-                               passthrough=host.passthrough, max_idle=MAX_IDLE)
+                               passthrough=host.passthrough, max_idle=MAX_IDLE,
+                               shortcut=Shortcut(self.vm.lanes.address, self.dispatcher.go_on))
         self.operations = NodeOperations(opened=self._opened, released=self._released, uid=host.uid, gid=host.gid)
         self.operations.add_node(VM_INODE, VM_FILE, mode=VM_FILE_MODE, uid=host.uid, gid=host.gid)
         self.follower = Follower(self.channel, host.process.task_fd)

@@ -69,7 +69,7 @@ class VmDispatcher:
                        for level, module in ((Level.VM, vm), (Level.VCPU, vcpu), (Level.DEVICE, device))}
         self._bound[Level.VCPU].pop(KVM_RUN, None)
         self._tids: set[int] = set()
-        self.counts: defaultdict[int, int] = defaultdict(int)   # calls by number
+        self._counts: defaultdict[int, int] = defaultdict(int)  # calls by number
         self.tap(())
 
     def tap(self, taps: Sequence[Tap]) -> None:
@@ -78,6 +78,16 @@ class VmDispatcher:
                                   for level, handlers in self._bound.items()]
         self._vm_handlers, self._vcpu_handlers, self._device_handlers = tables
         self._run = tapped(Level.VCPU, x86.ioctl_run, taps)
+        self._vm.lanes.enabled = not taps
+        self._vm.stop_lanes()
+
+    def counts(self) -> dict[int, int]:
+        """How many calls of each number there were."""
+        counts = dict(self._counts)
+        runs = sum(v.lane.info.runs for v in self._vm.vcpus)
+        if runs:
+            counts[KVM_RUN] = counts.get(KVM_RUN, 0) + runs
+        return counts
 
     def ioctl(self, req: Any) -> Result:
         """A channel's handler.
@@ -85,7 +95,7 @@ class VmDispatcher:
         Another address space than the VM's: EIO.  Unknown numbers: ENOTTY on a VM, EINVAL on a vCPU.
         """
         vm_ = self._vm
-        self.counts[req.cmd] += 1
+        self._counts[req.cmd] += 1
         if req.tid not in self._tids:
             self._admit(req.tid, req.nodeid)
         if vm_.dead:
@@ -95,21 +105,34 @@ class VmDispatcher:
                 v = vm_.vcpus[req.nodeid - VCPU_INODE]
             except IndexError:                  # statistics, which have no ioctl
                 raise KvmError(errno.ENOTTY) from None
-            mutex = v.mutex                     # kvm_vcpu_ioctl: every one of them waits for it
+            mutex = v.mutex.lock                # kvm_vcpu_ioctl: every one of them waits for it
             if not mutex.acquire(False):
                 vm_.host.may_block()
                 mutex.acquire()
             try:
+                if v.lane.words[0] and not v.lane.claim(False):
+                    vm_.host.may_block()
+                    v.lane.claim(True)
                 if req.cmd == KVM_RUN:
                     if req.arg:
                         raise KvmError(errno.EINVAL)
-                    return self._run(v, req)
+                    result = self._run(v, req)
+                    if result == 0 and v.arch.apic is None:
+                        v.lane.arm(req.tid)
+                    return result
                 handler = self._vcpu_handlers.get(req.cmd)
                 if handler is None:
                     raise KvmError(errno.EINVAL)
                 return handler(v, req)
             finally:
                 mutex.release()
+        vm_.stop_lanes()
+        try:
+            return self._vm_ioctl(vm_, req)
+        finally:
+            vm_.stop_lanes()                    # a vCPU may have been armed meanwhile
+
+    def _vm_ioctl(self, vm_: Vm, req: Any) -> Result:
         if req.nodeid == VM_INODE:
             handler = self._vm_handlers.get(req.cmd)
         elif req.nodeid == DEVICE_INODE:
@@ -119,6 +142,19 @@ class VmDispatcher:
         if handler is None:
             raise KvmError(errno.ENOTTY)
         return handler(vm_, req)
+
+    def go_on(self, req: Any) -> Result:
+        """A channel's handler for a KVM_RUN that kvmfs.kvm.fastpath has begun.  The vCPU is this thread's."""
+        v = self._vm.vcpus[req.nodeid - VCPU_INODE]
+        result = -1
+        try:
+            if self._vm.dead:
+                raise KvmError(errno.EIO)
+            result = x86.ioctl_run(v, req, v.lane.begun)
+            return result
+        finally:
+            if result != 0 or not v.lane.arm(req.tid):
+                v.lane.release()
 
     def _admit(self, tid: int, nodeid: int) -> None:
         if not self._vm.host.owns(tid):

@@ -159,6 +159,17 @@ class Cpu(StateFields):
         """
         return self._nv_run(self._ptr)
 
+    @property
+    def address(self) -> int:
+        """Of the native struct Vcpu."""
+        return self._ptr.value or 0
+
+    @property
+    def entry_points(self) -> tuple[ctypes.c_void_p, ...]:
+        """The native functions behind run, complete, kick and skip_instruction, for other native code."""
+        lib = self._lib
+        return tuple(ctypes.cast(f, ctypes.c_void_p) for f in (lib.nv_run, lib.nv_complete, lib.nv_kick, lib.nv_skip))
+
     def io_exit(self) -> tuple[int, int, int, int]:
         """(port, size, count, string) of EXIT_IO_IN and EXIT_IO_OUT at once."""
         return _IO_EXIT(self._io_view, _PORT_AT)

@@ -28,13 +28,13 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from threading import get_ident
-from typing import TYPE_CHECKING, Final, TypeAlias
+from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
 
 import pyfuse3
 import trio
 
 from . import protocol
-from .exchange import exchange
+from .exchange import BEGUN, LOOK, Exchange
 from .protocol import (
     BUFFER_SIZE,
     FUSE_INIT,
@@ -120,6 +120,17 @@ class Request:
 IoctlHandler: TypeAlias = Callable[[Request], Outcome]
 
 
+class Shortcut(NamedTuple):
+    """What answers some ioctls without Python; see shortcut.h.
+
+    address  of its struct shortcut, which lives as long as the channel; 0: there is none
+    go_on    called instead of the channel's handler for a request that it has begun and not answered
+    """
+
+    address: int
+    go_on: IoctlHandler
+
+
 class Channel:
     """Serves one connection.
 
@@ -135,7 +146,9 @@ class Channel:
     max_idle     how many threads may wait for requests. One more than there are handlers that block at a time
                  never starts a thread on the way of an ioctl. May be changed at any time
     watch        called in a reader thread, after the answer, for every 64th request whose handler had called
-                 `may_block`: the place to look now and then at where such calls come from
+                 `may_block`, and of those that the shortcut has answered: the place to look now and then at
+                 where such calls come from
+    shortcut     asked first about every ioctl without data
     on_end       called once, in a reader thread, when the kernel ended the connection (unmounted, the last
                  file of a detached mount closed, aborted); after that pyfuse3's main loop is stopped
     """
@@ -143,7 +156,7 @@ class Channel:
     def __init__(
         self, fuse_fd: int, ioctl: IoctlHandler, *, interrupt: Callable[[Request], None] | None = None,
         passthrough: bool = False, max_idle: int = 2, watch: Callable[[Request], None] | None = None,
-        on_end: Callable[[], None] | None = None,
+        on_end: Callable[[], None] | None = None, shortcut: Shortcut | None = None,
     ) -> None:
         self.max_idle = max_idle
         self.watch = watch
@@ -154,6 +167,11 @@ class Channel:
         self.ended = threading.Event()
         self._fd = fuse_fd
         self._ioctl = ioctl
+        self._exchange = Exchange(fuse_fd)
+        self._go_on = ioctl
+        if shortcut is not None:
+            self._go_on = shortcut.go_on
+            self._exchange.set_shortcut(shortcut.address)
         self._interrupt = interrupt
         self._want_passthrough = passthrough
         self._early: OrderedDict[int, bool] = OrderedDict()
@@ -267,7 +285,7 @@ class Channel:
         # Without the lock, which nearly every exit of a guest would pay for: it is noted before it is looked, here
         # as in _returned, so of two threads that give up reading at a time at least one sees the other.
         blocked.add(ident)
-        if len(blocked) < self._reader_count:
+        if len(blocked) + self._exchange.about_to_block() < self._reader_count:
             return
         self._start_reader()
 
@@ -285,13 +303,14 @@ class Channel:
         """A handler that had called may_block returned. True: there are enough readers, this thread shall end."""
         self._blocked.discard(ident)
         # Staying is never wrong, so this look needs no lock; two that leave at a time would leave nobody.
-        if self._reader_count - len(self._blocked) <= max(1, self.max_idle):
+        exchange, idle = self._exchange, max(1, self.max_idle)
+        if self._reader_count - len(self._blocked) - exchange.running <= idle:
             return False
         with self._lock:
-            if self._reader_count - len(self._blocked) <= max(1, self.max_idle):
+            if self._reader_count - len(self._blocked) - exchange.running <= idle:
                 return False
             self._reader_count -= 1
-            if self._reader_count <= len(self._blocked):
+            if self._reader_count <= len(self._blocked) + exchange.running:
                 self._reader_count += 1
                 return False
             del self._readers[ident]
@@ -312,7 +331,7 @@ class Channel:
 
     def _serve(self, ident: int) -> None:
         # The hot path: everything a local, one unpack, one pack, one call for the answer and the next request.
-        fd = self._fd
+        fd, exchange = self._fd, self._exchange.exchange
         unpack, pack = IOCTL_REQUEST.unpack_from, IOCTL_REPLY.pack
         handle, inflight, early, blocked = self._ioctl, self.inflight, self._early, self._blocked
         claim = inflight.pop
@@ -321,13 +340,14 @@ class Channel:
         no_data = _NO_DATA
         buffer = bytearray(BUFFER_SIZE)
         view = memoryview(buffer)
+        plain, begun = handle, self._go_on
         outcome: Outcome
         answered: Request | None = None
         answer: bytes | None = None
         until_watch = _WATCH_EVERY
         while True:
             try:
-                length = exchange(fd, answer, buffer)
+                length = exchange(answer, buffer)
             except OSError as error:
                 if error.errno == errno.ENODEV:
                     self._end()
@@ -342,6 +362,13 @@ class Channel:
                 if answered is not None:
                     self._send_failed(answered, OSError(-length, os.strerror(-length)))
                 continue
+            handle = plain
+            if length >= LOOK:
+                if length & LOOK:
+                    self._look(buffer)
+                    continue
+                handle = begun
+                length -= BEGUN
             request = request_class()
             (_len, opcode, unique, nodeid, request.uid, request.gid, request.tid, _ext, _pad, request.fh, _flags,
              request.cmd, request.arg, in_size, request.out_size) = unpack(buffer)
@@ -397,6 +424,16 @@ class Channel:
                 until_watch = _WATCH_EVERY
                 if self.watch is not None:
                     self.watch(request)
+
+    def _look(self, buffer: bytearray) -> None:
+        """The shortcut has answered this request."""
+        if self.watch is None:
+            return
+        request = Request()
+        (_len, _opcode, request.unique, request.nodeid, request.uid, request.gid, request.tid, _ext, _pad, request.fh, _flags,
+         request.cmd, request.arg, _in_size, request.out_size) = IOCTL_REQUEST.unpack_from(buffer)
+        request._channel, request.data, request.interrupted, request.context = self, _NO_DATA, False, None
+        self.watch(request)
 
     # --- answers --------------------------------------------------------------------------------------------
 
@@ -466,6 +503,7 @@ class Channel:
             # exactly one of the two threads, and that one delivers.
             request = inflight.get(unique)
             if request is None:
+                self._exchange.interrupt(unique)
                 while len(early) > _MAX_EARLY:
                     early.popitem(last=False)
                 return

@@ -1,27 +1,49 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""`exchange`: an answer to FUSE and the next request in one call, native where that is built."""
+"""`Exchange`: what a connection's reader threads do between two requests, native where that is built."""
 
 from __future__ import annotations
 
 import os
+from typing import Final
+
+BEGUN: Final = 1 << 30          # beside a message's length: the shortcut has begun it
+LOOK: Final = 1 << 29           # it was answered by the shortcut, as 63 before it; the buffer has it still
 
 
-def python_exchange(fd: int, reply: bytes | None, buffer: bytearray) -> int:
-    """Write an answer, if there is one, and read the next message; its length. OSError: nothing can be read.
+class PythonExchange:
+    """One for each connection, used by all of its readers."""
 
-    Negative: the answer was refused with that -errno, and nothing was read.
-    """
-    if reply is not None:
-        try:
-            os.write(fd, reply)
-        except OSError as error:
-            return -(error.errno or 5)
-    return os.readv(fd, [buffer])
+    running = 0                 # threads that are in the shortcut
+
+    def __init__(self, fd: int, /) -> None:
+        self._fd = fd
+
+    def exchange(self, reply: bytes | None, buffer: bytearray, /) -> int:
+        """Write an answer, if there is one, and read the next message; its length.  OSError: nothing can be read.
+
+        Negative: the answer was refused with that -errno, and nothing was read.  The length may have BEGUN or LOOK beside it.
+        """
+        if reply is not None:
+            try:
+                os.write(self._fd, reply)
+            except OSError as error:
+                return -(error.errno or 5)
+        return os.readv(self._fd, [buffer])
+
+    def about_to_block(self) -> int:
+        """The caller will not read for a while: another thread does.  Returns ``running``."""
+        return 0
+
+    def interrupt(self, unique: int, /) -> None:
+        """A signal came for the caller of a request that Python has not seen (yet)."""
+
+    def set_shortcut(self, address: int, /) -> None:
+        """``address``: a struct shortcut (shortcut.h) that lives as long as this; here it is never asked."""
 
 
 try:
-    from ._exchange import exchange
+    from ._exchange import Exchange
 except ImportError:             # the package was not built anew since that part is there
-    exchange = python_exchange
+    Exchange = PythonExchange   # type: ignore[assignment,misc]
 
-__all__ = ["exchange", "python_exchange"]
+__all__ = ["BEGUN", "LOOK", "Exchange", "PythonExchange"]

@@ -28,7 +28,7 @@ _CODE: Final = 64                   # bytes from rip on
 
 def vcpu_state(vcpu: Vcpu) -> str:
     """One word: "guest" (in KVM_RUN), "halted" (in KVM_RUN, its CPU stands still), "ioctl", or "client" (nobody is in it)."""
-    if vcpu.request is not None:
+    if vcpu.request is not None or vcpu.mutex.running():
         halted = vcpu.arch.stat.blocking or vcpu.arch.mp_state == KVM_MP_STATE_HALTED
         return "halted" if halted else "guest"
     return "ioctl" if vcpu.mutex.locked() else "client"

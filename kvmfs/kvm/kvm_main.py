@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from kvmfs.cpu import engine
 from kvmfs.errors import KvmError
 from kvmfs.kvm import eventfd, kvmclock, x86
+from kvmfs.kvm.fastpath import Lanes, VcpuMutex
 from kvmfs.kvm.iodev import IoBus
 from kvmfs.kvm.memslots import MemSlots
 from kvmfs.kvm.profile import DEFAULT
@@ -66,6 +67,7 @@ class Vm:
         self.memslots = MemSlots(self.engine, 1 << MAX_GPA_BITS)
         self.created_vcpus = 0
         self.vcpus: list[Vcpu] = []
+        self.lanes = Lanes(VCPU_INODE, KVM_MAX_VCPUS)
         self.max_vcpus = KVM_MAX_VCPUS
         self.arch = x86.VmArch(self)
         self.vfio = threading.Lock()    # held while there is a kvm-vfio device
@@ -125,6 +127,11 @@ class Vm:
         for vcpu in self.vcpus:
             vcpu.kick()
 
+    def stop_lanes(self) -> None:
+        """Something has changed for all vCPUs: Python looks at it before any of them runs again."""
+        for vcpu in self.vcpus:
+            vcpu.lane.stop()
+
     def suspend(self) -> None:
         """All vCPUs leave the guest and wait (``kvm_suspend``); their guests will know."""
         kvmclock.suspend_notifier(self)
@@ -153,13 +160,16 @@ class Vm:
 
 
 class Vcpu:
-    """``struct kvm_vcpu``: ``mutex`` is held for every ioctl on it; ``run`` is the client's kvm_run area."""
+    """``struct kvm_vcpu``: ``mutex`` is held for every ioctl on it; ``lane`` is its way around Python.
+
+    ``run`` is the client's kvm_run area.
+    """
 
     def __init__(self, vm: Vm, vcpu_id: int, index: int) -> None:
         self.vm, self.vcpu_id, self.index = vm, vcpu_id, index
         self.inode = VCPU_INODE + index
         self.creator = vm.host.creator          # the thread that made it (task_pid_nr)
-        self.mutex = threading.Lock()
+        self.mutex = VcpuMutex()
         self.run_fd = os.memfd_create(f"kvm-vcpu:{vcpu_id}", os.MFD_CLOEXEC)
         rings = vm.memslots.dirty_rings
         size = VCPU_MMAP_SIZE if rings is None else rings.offset + rings.size
@@ -173,15 +183,18 @@ class Vcpu:
         self.copy_run = False                   # no passthrough: kvm_run is copied at each KVM_RUN
         self.arch = x86.VcpuArch()
         self.dirty_ring = None if rings is None else rings.open(self)
+        self.lane = self.mutex.lane = vm.lanes.add(self)
         x86.vcpu_create(self)
 
     def request_work(self, request: Callable[[Vcpu], None]) -> None:
         """``kvm_make_request``: done by this vCPU before its next entry; twice is once."""
         if request not in self.arch.requests:
             self.arch.requests.append(request)
+        self.lane.stop()
 
     def kick(self) -> None:
         """``kvm_vcpu_kick``: leave the guest soon; harmless when not in it."""
+        self.lane.stop()
         self.cpu.kick()
         wake = self._wake
         if wake is not None:
@@ -207,6 +220,7 @@ class Vcpu:
     def close(self) -> None:
         fd, self.run_fd = self.run_fd, -1       # a creation that failed and the VM's end may meet here
         if fd >= 0:
+            self.vm.lanes.remove(self.index)
             if self.dirty_ring is not None:
                 self.dirty_ring.close()
             self.run.release()

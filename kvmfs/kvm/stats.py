@@ -143,14 +143,21 @@ def read_vm(vm: Vm) -> bytes:
     return _content(_VM_DESCRIPTION, f"kvm-{vm.host.creator}", _VM_VALUES)
 
 
+def _exits(vcpu: Vcpu) -> list[int]:
+    """By the engine's kind of exit, those that Python did not see included."""
+    return [python + native for python, native in zip(vcpu.arch.stat.exits, vcpu.lane.info.exits, strict=True)]
+
+
 def values(vcpu: Vcpu) -> dict[str, int | list[int]]:
     """A vCPU's statistics by name, in the order of VCPU_STATS; histograms are lists.  Any thread may ask."""
-    stat = vcpu.arch.stat
-    kinds = stat.exits
+    stat, lane = vcpu.arch.stat, vcpu.lane.info
+    kinds = _exits(vcpu)
     mmio = kinds[EXIT_MMIO_READ] + kinds[EXIT_MMIO_WRITE]
     known = {
         "exits": sum(kinds),
         "io_exits": kinds[EXIT_IO_IN] + kinds[EXIT_IO_OUT],
+        "mmio_exits": stat.mmio_exits + lane.mmio_exits,
+        "halt_exits": stat.halt_exits + lane.halt_exits,
         "irq_exits": kinds[EXIT_NONE],                  # a kick is what a host's interrupt is to KVM
         "insn_emulation": mmio + stat.insn_emulation,   # KVM emulates whatever touches MMIO
     }
@@ -163,11 +170,10 @@ def values(vcpu: Vcpu) -> dict[str, int | list[int]]:
 
 def exit_reasons(vcpu: Vcpu) -> dict[int, int]:
     """How many exits there were by SVM's exit code, as the tracepoint kvm:kvm_exit would count them.  Any thread may ask."""
-    stat = vcpu.arch.stat
-    found = dict(stat.reasons)
-    for kind, code in _KINDS.items():
-        if stat.exits[kind]:
-            found[code] = found.get(code, 0) + stat.exits[kind]
+    found, kinds, halts = dict(vcpu.arch.stat.reasons), _exits(vcpu), vcpu.lane.info.halt_exits
+    for code, count in ((svm.SVM_EXIT_HLT, halts), *((code, kinds[kind]) for kind, code in _KINDS.items())):
+        if count:
+            found[code] = found.get(code, 0) + count
     return found
 
 

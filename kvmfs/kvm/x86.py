@@ -224,8 +224,11 @@ _FPU_RESET = struct.pack("<HHBBHQQII", 0x37F, 0, 0, 0, 0, 0, 0, 0x1F80, 0xFFFF).
 
 # ---- KVM_RUN ---------------------------------------------------------------------------------------------
 
-def ioctl_run(vcpu: Vcpu, req: RequestLike) -> int:
-    """``kvm_arch_vcpu_ioctl_run`` (api.rst 4.10): 0, or -EINTR, -EINVAL, -EFAULT, -EAGAIN."""
+def ioctl_run(vcpu: Vcpu, req: RequestLike, begun: Callable[[Vcpu], int] | None = None) -> int:
+    """``kvm_arch_vcpu_ioctl_run`` (api.rst 4.10): 0, or -EINTR, -EINVAL, -EFAULT, -EAGAIN.
+
+    ``begun``: the guest has run already (kvmfs.kvm.fastpath), and this handles why it stopped.
+    """
     run, host = vcpu.run, vcpu.vm.host
     host.may_block()
     if vcpu.copy_run:
@@ -239,7 +242,7 @@ def ioctl_run(vcpu: Vcpu, req: RequestLike) -> int:
     vendor = vcpu.vm.vendor
     vendor.vcpu_load(vcpu)
     try:
-        return _run(vcpu, req)
+        return _run(vcpu, req) if begun is None else _vcpu_run(vcpu, req, begun)
     finally:
         if run[_VALID_REGS]:
             sync_regs.store_regs(vcpu, run[_VALID_REGS])
@@ -289,19 +292,22 @@ def _run(vcpu: Vcpu, req: RequestLike) -> int:
         return _vcpu_run(vcpu, req)
 
 
-def _vcpu_run(vcpu: Vcpu, req: RequestLike) -> int:
+def _vcpu_run(vcpu: Vcpu, req: RequestLike, begun: Callable[[Vcpu], int] | None = None) -> int:
     run, arch, resumed = vcpu.run, vcpu.arch, vcpu.vm.arch.resumed
     apic = arch.apic
     if apic is not None:
         stop, enter = partial(_must_stop, vcpu, req), partial(_enter_guest, vcpu, run, arch)
     set_reason(run, EXIT_REASON, kx.KVM_EXIT_UNKNOWN)
     while True:
-        if req.interrupted and signal_pending(vcpu, req):
+        if begun is not None:
+            result, begun = begun(vcpu), None
+        elif req.interrupted and signal_pending(vcpu, req):
             set_reason(run, EXIT_REASON, kx.KVM_EXIT_INTR)
             arch.stat.signal_exits += 1
             return -errno.EINTR
-        result = (_enter_guest(vcpu, run, arch) if apic is None
-                  else irq.enter_or_block(vcpu, apic, stop, enter))
+        else:
+            result = (_enter_guest(vcpu, run, arch) if apic is None
+                      else irq.enter_or_block(vcpu, apic, stop, enter))
         if result <= 0:
             return result
         if run[_REQUEST_WINDOW] and events.ready_for_interrupt_injection(vcpu):

@@ -71,11 +71,12 @@ def _exit_io_in(vcpu: Vcpu) -> int:
         if data is not None:
             return _further(vcpu, vcpu.cpu.complete_io_in(data))
     _set_io_exit(vcpu.run, EXIT_REASON, kx.KVM_EXIT_IO, kx.KVM_EXIT_IO_IN, size, port, count, PIO_DATA)
-    vcpu.arch.complete_userspace_io = _complete_io_in
+    vcpu.arch.complete_userspace_io = complete_io_in
     return 0
 
 
-def _complete_io_in(vcpu: Vcpu) -> int:
+def complete_io_in(vcpu: Vcpu) -> int:
+    """The client has put an IN's data into kvm_run."""
     cpu = vcpu.cpu
     e = cpu.exit
     if _moved(vcpu):
@@ -104,6 +105,7 @@ def _exit_io_out(vcpu: Vcpu) -> int:
 
 
 def complete_io_out(vcpu: Vcpu) -> int:
+    """An OUT is over."""
     return 1 if _moved(vcpu) else _further(vcpu, vcpu.cpu.complete_io_out())
 
 
@@ -130,21 +132,22 @@ def _exit_mmio_read(vcpu: Vcpu) -> int:
     size = bytes_beyond_page(vcpu, e.size) if e.info1 else e.size
     set_reason(run, EXIT_REASON, kx.KVM_EXIT_MMIO)
     _set_mmio(run, UNION, e.gpa, bytes(8), size, 0)
-    arch.complete_userspace_io = _complete_mmio_read
+    arch.complete_userspace_io = complete_mmio_read
     arch.stat.mmio_exits += 1
     return 0
 
 
-def _complete_mmio_read(vcpu: Vcpu) -> int:
+def complete_mmio_read(vcpu: Vcpu) -> int:
+    """The client has put a read's data into kvm_run."""
     cpu, slots = vcpu.cpu, vcpu.vm.memslots
     data = vcpu.run[_MMIO_DATA:_MMIO_DATA + cpu.exit.size]
     slot = slots.find(cpu.exit.gpa)
     if slot is None:
-        return _next_round(vcpu, cpu.complete_mmio_read(data))
+        return next_round(vcpu, cpu.complete_mmio_read(data))
     # A slot came while the client answered; the answer counts, not what is in the slot.
     with slots.hidden(slot):
         kind = cpu.complete_mmio_read(data)
-    return _next_round(vcpu, kind)
+    return next_round(vcpu, kind)
 
 
 def _exit_mmio_write(vcpu: Vcpu) -> int:
@@ -156,20 +159,21 @@ def _exit_mmio_write(vcpu: Vcpu) -> int:
         if slot.backed(e.gpa, write=True):      # it has come since the guest stored there, or is about to go
             vcpu.vm.memslots.write(e.gpa, data)
             vcpu.vm.engine.invalidate(e.gpa, e.size)
-            return _next_fragment(vcpu)
+            return next_fragment(vcpu)
         cpu.forget_io()
         return -errno.EFAULT
     if (arch.apic is not None and arch.apic.write(vcpu, e.gpa, data)) or (
             vcpu.vm.mmio_bus.ranges and vcpu.vm.mmio_bus.write(vcpu, e.gpa, data)):
-        return _next_fragment(vcpu)
+        return next_fragment(vcpu)
     set_reason(run, EXIT_REASON, kx.KVM_EXIT_MMIO)
     _set_mmio(run, UNION, e.gpa, data, e.size, 1)
-    arch.complete_userspace_io = _next_fragment
+    arch.complete_userspace_io = next_fragment
     arch.stat.mmio_exits += 1
     return 0
 
 
-def _next_round(vcpu: Vcpu, kind: int) -> int:
+def next_round(vcpu: Vcpu, kind: int) -> int:
+    """A read is completed; ``kind``: the further exit of its instruction, if there is one."""
     stat = vcpu.arch.stat
     if kind == EXIT_MMIO_READ:
         stat.mmio_exits -= 1                    # a further part of one access is no exit of its own
@@ -178,8 +182,13 @@ def _next_round(vcpu: Vcpu, kind: int) -> int:
     return _further(vcpu, kind)
 
 
-def _next_fragment(vcpu: Vcpu) -> int:
-    kind = vcpu.cpu.complete()
+def next_fragment(vcpu: Vcpu) -> int:
+    """A write is completed: what else does its instruction write?"""
+    return after_fragment(vcpu, vcpu.cpu.complete())
+
+
+def after_fragment(vcpu: Vcpu, kind: int) -> int:
+    """The same; ``kind``: the further exit of that instruction, if there is one."""
     if kind == EXIT_MMIO_WRITE:
         vcpu.arch.stat.mmio_exits -= 1
     return _further(vcpu, kind)
@@ -211,6 +220,11 @@ def tap_exits(tap: Callable[[Vcpu, int], None] | None) -> None:
     """From now on ``tap`` is told of every exit of this process's guests, by its kind, before it is handled; None: no more."""
     for kind, handler in _PLAIN.items():
         HANDLERS[kind] = handler if tap is None else partial(_tapped_exit, tap, kind, handler)
+
+
+def is_tapped() -> bool:
+    """Is there such a tap?"""
+    return HANDLERS[EXIT_NONE] is not _exit_none
 
 
 def _tapped_exit(tap: Callable[[Vcpu, int], None], kind: int, handler: Callable[[Vcpu], int], vcpu: Vcpu) -> int:

@@ -51,7 +51,7 @@ class Ram:
     def unmap(self, gpa, size):
         self.calls.append(("unmap", gpa, size))
 
-    def log(self, gpa, bitmap, page, slot):
+    def log(self, gpa, bitmap, touched, page, slot):
         self.calls.append(("log", gpa, bool(bitmap), page))
 
 
