@@ -47,7 +47,8 @@ class PrivateDaemon:
             status = 1
             try:
                 os.close(reader)
-                os.setsid()             # a ^C is the command's; the daemon ends when the command has ended
+                os.setpgid(0, 0)        # a ^C is the command's; the daemon ends when the command has ended.  See zygote.py
+                signal.signal(signal.SIGTTOU, signal.SIG_IGN)   # it may log to a terminal that is set to stop such a group
                 ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
                 if os.getppid() != parent:
                     os._exit(1)
