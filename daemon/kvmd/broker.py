@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from kvmd.deadvms import Connection
 from kvmd.link import Link, LinkError, Message, failure
 from kvmd.watchdog import Watchdog
 from kvmfs.client.process import Process, command_of, status_field
@@ -77,6 +78,7 @@ class Broker:
         self.mount = -1         # the VM's detached mount
         self.device = 0         # its device number
         self._pidfd = -1
+        self._connection: Connection | None = None
         self._requests, worker_requests = Link.pair()
         self._control, worker_control = Link.pair()
         self.worker_ends = (worker_requests, worker_control)
@@ -88,9 +90,9 @@ class Broker:
 
     # ---- life ---------------------------------------------------------------------------------------
 
-    def attach_worker(self, pid: int, pidfd: int) -> None:
-        """From now on this is the VM's worker."""
-        self.pid, self._pidfd = pid, pidfd
+    def attach_worker(self, pid: int, pidfd: int, connection: Connection) -> None:
+        """From now on this is the VM's worker, and that its connection."""
+        self.pid, self._pidfd, self._connection = pid, pidfd, connection
 
     def wait_until_ready(self) -> None:
         """Raises OSError when the worker does not get ready."""
@@ -122,6 +124,8 @@ class Broker:
                 signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
             except (ProcessLookupError, OSError):
                 pass
+            if self._connection is not None:
+                self._connection.take()
 
     def join(self, timeout: float) -> bool:
         """Wait until the VM is gone."""
@@ -211,7 +215,7 @@ class Broker:
             log.exception("VM %d: the broker failed; its worker %d is killed", self.number, self.pid)
         finally:
             self._ending = True
-            self.close()            # the connection ends with the worker, so no client thread is in a call any more
+            self.close()
             settle()
             closed(self)
 
@@ -292,8 +296,7 @@ class Broker:
     def _register_backing(self, message: Message) -> int:
         """Make the worker's memfd the backing file of a vCPU; returns the backing id (0: no passthrough).
 
-        Both descriptors are closed when this returns.  As long as anybody holds the connection's /dev/fuse it
-        outlives its worker, and who waits for the worker then, be it this process, waits for ever.
+        Both descriptors are closed when this returns: a connection that somebody holds does not end.
         """
         try:
             return self._checked_backing(message)

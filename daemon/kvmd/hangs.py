@@ -3,7 +3,7 @@
 
 A thread that was killed while it waits for a worker's answer cannot die before it has that answer, or before the
 connection ends.  So a client that is to die and does not, or is dead while its VM lives on, puts its worker under
-suspicion: such a worker must answer a ping, and must let its client die, or it is killed, which ends the connection.
+suspicion: such a worker must answer a ping, and must let its client die, or it is killed, which frees the client.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from kvmd import sandbox
 from kvmd.broker import PATIENCE, Broker
+from kvmd.deadvms import DeadVms
 from kvmd.hangs import HangWatch
 from kvmd.link import Message
 from kvmd.watchdog import Watchdog
@@ -76,6 +77,7 @@ class Vms:
         self.faults = list(faults)      # rules that new VMs get
         self._watchdog = Watchdog()
         self._hangs = HangWatch(self.brokers)
+        self._dead = DeadVms()
         self._lock = threading.Lock()
         self._brokers: dict[int, Broker] = {}
         self.closing = False
@@ -174,9 +176,9 @@ class Vms:
                 device=broker.device, passthrough=int(self.passthrough), vendor=self._vendor,
                 profile=self._profile, faults=self.faults,
                 owner_uid=os.geteuid(), owner_gid=os.getegid())
-            broker.attach_worker(pid, pidfd)
+            broker.attach_worker(pid, pidfd, self._dead.add(pidfd, fuse))
+            fuse = -1
         finally:
-            # The worker alone holds its connection, so that it ends with the worker.
             for fd in (fuse, maps):
                 if fd >= 0:
                     os.close(fd)

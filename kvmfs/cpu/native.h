@@ -161,6 +161,7 @@ typedef struct Engine {
     int capacity, nregions, ncpus, nlogged;
     Walked walk[4];  // not looked at again yet
     int nwalk;
+    u64 cr3;         // at the last walk
     Vcpu *cpus[MAX_CPUS];
     Vcpu *last;    // whose translations the TLB holds
     Vcpu *owner;

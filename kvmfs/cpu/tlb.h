@@ -125,13 +125,38 @@ static void note_walk(Engine *e, u64 va) {
     }
 }
 
-// MOV to CR3 takes any value here, and the page walk would follow it to what is ours (AUX_BASE). No hardware has such addresses: the
-// bits are reserved.
+// CR3 may lead the page walk to what is ours (AUX_BASE). No hardware has such addresses: the bits are reserved.
 static void confine_cr3(Engine *e) { F(u64, CR + 24) &= GPA_END - 1; }
+
+static _Noreturn void fault(Engine *e, int index);
+static int guest_fetch(Engine *e, const char *state, u64 va, u8 *buf, int n);
+
+// Unicorn's MOV to CR3 takes any value. It empties the TLB, so the next instruction's fetch comes here first: the MOV before it is
+// taken back, and is #GP.
+static void check_cr3(Engine *e, int access, bool probe) {
+    u64 cr3 = F(u64, CR + 24), eip = F(u64, EIP), *regs = REGS(e->env);
+    confine_cr3(e);
+    const Vcpu *v = cur;
+    if (access != 2 || probe || !v || v->delivering >= 0 || !(F(u32, HFLAGS) & HF_CS64)) return;
+    u64 confined = F(u64, CR + 24);
+    u8 b[4]; // a prefix perhaps, 0F 22 and a ModRM byte with CR3
+    F(u64, CR + 24) = e->cr3;
+    if (guest_fetch(e, e->env, eip - 4, b, 4) == 4 && b[1] == 0x0f && b[2] == 0x22 && (b[3] >> 3 & 7) == 3) {
+        int rm = b[3] & 7, extended = (b[0] & 0xf5) == 0x41;
+        if (extended && regs[rm | 8] == cr3) F(u64, EIP) = eip - 4;
+        else if (regs[rm] == cr3) F(u64, EIP) = eip - 3;
+        if (F(u64, EIP) != eip) {
+            p_tlb_flush(e->cpu);
+            fault(e, 13);
+        }
+    }
+    F(u64, CR + 24) = confined;
+}
 
 static bool fill_entry(void *cs, u64 va, int size, int access, int mmu, bool probe, u64 ra) {
     Engine *e = engine_of(cs);
-    if (F(u64, CR + 24) >= GPA_END) confine_cr3(e);
+    if (F(u64, CR + 24) >= GPA_END) check_cr3(e, access, probe);
+    e->cr3 = F(u64, CR + 24);
     if (e->nlogged) {
         settle_walk(e);
         note_walk(e, va);

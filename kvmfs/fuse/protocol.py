@@ -11,10 +11,16 @@ import struct
 from typing import Final
 
 # --- operations ---------------------------------------------------------------------------------------------
+FUSE_FORGET: Final = 2
 FUSE_OPEN: Final = 14
+FUSE_RELEASE: Final = 18
+FUSE_FLUSH: Final = 25
 FUSE_INIT: Final = 26
 FUSE_INTERRUPT: Final = 36
 FUSE_IOCTL: Final = 39
+FUSE_BATCH_FORGET: Final = 42
+# A message from the server that answers nothing: fuse_out_header with this as its error and unique 0
+FUSE_NOTIFY_RESEND: Final = 7
 
 # --- struct fuse_in_header: len opcode unique nodeid uid gid pid total_extlen padding -----------------------
 IN_HEADER: Final = struct.Struct("<IIQQIIIHH")

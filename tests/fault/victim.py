@@ -6,9 +6,11 @@ It prints ``ready`` when it is in the phase.
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 from kvmfs.testing import Kvm, KvmCallError, Vcpu, Vm
 
@@ -43,6 +45,31 @@ def in_run(node: Kvm) -> None:
     time.sleep(0.2)
 
 
+def after_death(node: Kvm) -> None:
+    """KVM_RUN until the worker is killed, then other calls: a line with the errno of each."""
+    def errno_of(call: Callable[[], object]) -> int:
+        try:
+            call()
+        except OSError as error:
+            return error.errno or 0
+        return 0
+
+    vm = node.create_vm()
+    vcpu = guest(vm, SPIN)
+    ready()
+    print("in-flight", errno_of(vcpu.run))
+    for name, call in {"KVM_RUN": vcpu.run, "KVM_GET_REGS": lambda: vcpu.regs, "KVM_CREATE_VCPU": vm.create_vcpu,
+                       "KVM_CREATE_IRQCHIP": vm.create_irqchip, "read": lambda: os.read(vcpu.fd, 1),
+                       "KVM_CHECK_EXTENSION": lambda: vm.check_extension(0), "memory": lambda: vm.add_memory(1 << 20, 4096),
+                       }.items():
+        print(name, errno_of(call))
+    vcpu.state.immediate_exit = 1       # kvm_run is still memory
+    print("close", errno_of(lambda: os.close(vcpu.fd)) or errno_of(lambda: os.close(vm.fd)), flush=True)
+    with node.create_vm() as other:
+        other.create_irqchip()
+    os._exit(0)
+
+
 def count_for_ever(node: Kvm) -> None:
     """Exits without end; a line for each hundred, and the errno when it is over."""
     vcpu, exits = guest(node.create_vm(), COUNT), 0
@@ -68,6 +95,8 @@ def main() -> None:
                 assert vcpu.run().name == "IO"
         ready()
         return
+    if phase == "dead":
+        after_death(node)
     keep: list[object] = []
     if phase == "vm":
         keep.append(node.create_vm())

@@ -234,9 +234,30 @@ def test_tables_in_no_memory(mode):
             assert g.attempt(access, user) == bits | user * 4
 
 
+@pytest.mark.parametrize("bit", [40, 46, 51, 52, 62, 63])
+@pytest.mark.parametrize("register", ["rax", "r8", "r9"])
+def test_reserved_bits_of_cr3(register, bit):
+    """#GP(0) at the MOV, which changes nothing; the same bits may be anything in CR2 and the register."""
+    g = Guest(f"""start: mov {register},{1 << bit | PML4:#x}
+ mov cr2,{register}
+ mov rbx,cr3
+there: mov cr3,{register}
+ hlt
+h13: pop rdi
+ pop rsi
+ mov rdx,cr3
+ mov ecx,13
+ hlt""")
+    g.hlt()
+    assert (g.cpu.gpr(1), g.cpu.gpr(7), g.cpu.gpr(6)) == (13, 0, g.sym["there"])
+    assert g.cpu.gpr(2) == g.cpu.gpr(3) == g.cpu.cr3 == PML4
+
+
 def test_a_guests_cr3_does_not_lead_out_of_memory():
     """There is memory of ours beyond the guest's physical addresses."""
-    g = Guest(f"start: mov rax,0x400000000000+{PML4}\n mov cr3,rax\n mov eax,7\n hlt")
+    g = Guest("start: mov eax,7\n hlt")
+    g.cpu.cr3 = 0x400000000000 | PML4
+    g.cpu.commit_state()
     g.hlt()
     assert g.cpu.gpr(0) == 7
 
