@@ -147,6 +147,8 @@ class Broker:
         if self._pidfd >= 0:
             os.close(self._pidfd)
         self.mount = self._pidfd = -1
+        if self._connection is not None:
+            self._connection.answer()       # and let go of it when no client has a descriptor of the VM
         self.process.close()
 
     def control(self, op: str, fds: Sequence[int] = (), *, patience: float = PATIENCE, **fields: Any) -> Message | None:

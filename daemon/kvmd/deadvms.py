@@ -23,13 +23,21 @@ _NO_REPLY: Final = (protocol.FUSE_FORGET, protocol.FUSE_BATCH_FORGET, protocol.F
 _CLOSING: Final = (protocol.FUSE_FLUSH, protocol.FUSE_RELEASE)      # as close(2) of a VM that lives
 
 
+def _readable(fd: int) -> bool:
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(0))
+
+
 class Connection:
     """A VM's connection, held beside its worker."""
 
-    def __init__(self, fuse: int, epoll: select.epoll) -> None:
-        self._fuse, self._epoll = fuse, epoll
+    def __init__(self, fuse: int, pidfd: int, epoll: select.epoll, by_fd: dict[int, Connection]) -> None:
+        self._fuse, self._pidfd, self._epoll, self._by_fd = fuse, os.dup(pidfd), epoll, by_fd
         self._lock = threading.Lock()
         self._taken = False
+        by_fd[fuse] = by_fd[self._pidfd] = self
+        epoll.register(self._pidfd, select.EPOLLIN)
 
     def take(self) -> None:
         """The worker has ended, or was killed and is not to answer any more: from now on this does.  Any thread.
@@ -48,27 +56,42 @@ class Connection:
             except OSError as error:
                 self._end(error)
 
+    def event(self, fd: int) -> None:
+        """The worker has ended, or there are requests; or that was another one's, whose descriptor had this number."""
+        if fd == self._pidfd:
+            with self._lock:
+                if self._pidfd < 0 or not _readable(self._pidfd):
+                    return
+                self._forget_worker()
+            self.take()
+        else:
+            self.answer()
+
     def answer(self) -> None:
-        """Answer what there is."""
+        """Answer what there is, after :meth:`take`."""
         with self._lock:
             try:
-                while self._fuse >= 0:
+                while self._taken and self._fuse >= 0:
                     self._answer_one()
             except BlockingIOError:
                 pass
             except OSError as error:
                 self._end(error)
 
-    @property
-    def ended(self) -> bool:
-        """Nothing comes of it any more."""
-        return self._fuse < 0
-
     def _end(self, error: OSError) -> None:
         # ENODEV: nobody has a descriptor of the VM any more.
         log.log(logging.DEBUG if error.errno == errno.ENODEV else logging.INFO, "a dead VM ends: %s", error)
+        del self._by_fd[self._fuse]
         os.close(self._fuse)            # and out of the epoll set
         self._fuse = -1
+        self._forget_worker()
+
+    def _forget_worker(self) -> None:
+        if self._pidfd >= 0:
+            del self._by_fd[self._pidfd]
+            self._epoll.unregister(self._pidfd)     # closing is not enough: others have the same open file
+            os.close(self._pidfd)
+            self._pidfd = -1
 
     def _answer_one(self) -> None:
         try:
@@ -85,15 +108,12 @@ class DeadVms:
 
     def __init__(self) -> None:
         self._epoll = select.epoll()
-        self._by_pidfd: dict[int, Connection] = {}
-        self._by_fuse: dict[int, Connection] = {}
+        self._by_fd: dict[int, Connection] = {}     # by a worker's pidfd and by its /dev/fuse
         self._thread: threading.Thread | None = None
 
     def add(self, pidfd: int, fuse: int) -> Connection:
         """Follow a worker; ``fuse``, its connection's /dev/fuse, belongs to this from now on, ``pidfd`` does not."""
-        own = os.dup(pidfd)
-        connection = self._by_fuse[fuse] = self._by_pidfd[own] = Connection(fuse, self._epoll)
-        self._epoll.register(own, select.EPOLLIN)
+        connection = Connection(fuse, pidfd, self._epoll, self._by_fd)
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="deadvms", daemon=True)
             self._thread.start()
@@ -103,18 +123,8 @@ class DeadVms:
         while True:
             for fd, _ in self._epoll.poll():
                 try:
-                    self._serve(fd)
+                    connection = self._by_fd.get(fd)
+                    if connection is not None:
+                        connection.event(fd)
                 except Exception:
                     log.exception("a dead VM")
-
-    def _serve(self, fd: int) -> None:
-        connection = self._by_pidfd.pop(fd, None)
-        if connection is not None:
-            self._epoll.unregister(fd)
-            os.close(fd)
-            connection.take()
-            return
-        connection = self._by_fuse[fd]
-        connection.answer()
-        if connection.ended and self._by_fuse[fd] is connection:    # else another one has the number already
-            del self._by_fuse[fd]
