@@ -46,6 +46,8 @@ class Engine:
     def __init__(self) -> None:
         """Raises LayoutError when Unicorn is not the build that this package knows, MemoryError."""
         self._lib = load()
+        if self._lib.nv_prepare(_LIBRARY.encode()):
+            raise LayoutError(f"{_LIBRARY} is not of the unicorn {UNICORN_VERSION} wheel: it lacks functions that kvmfs needs")
         self._uc = _Uc(UC_ARCH_X86, UC_MODE_64)
         self._uc.ctl_set_cpu_model(UC_CPU_X86_EPYC)
         # An empty exit set: else the end of emu_start walks the guest's page tables and overwrites CR2.

@@ -256,6 +256,7 @@ def load() -> ctypes.CDLL:
     ptr, u64, i32 = ctypes.c_void_p, ctypes.c_uint64, ctypes.c_int
     prototypes: dict[str, tuple[type | None, tuple[type, ...]]] = {
         "nv_engine_new": (i32, (ctypes.c_char_p, ptr, ptr, ptr)),
+        "nv_prepare": (i32, (ctypes.c_char_p,)),
         "nv_engine_close": (None, (ptr,)),
         "nv_long_mode_sysenter": (None, (ptr,)),
         "nv_cpu_new": (ptr, (ptr,)),

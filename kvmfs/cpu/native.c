@@ -48,6 +48,8 @@ static Region *region_at(Engine *e, u64 gpa);
 #include "decode.h"
 #include "emulated.h"
 #include "undefined.h"
+#include "interpose.h"
+#include "pcmpstr.h"
 
 _Noreturn static void bail(Engine *e) {
     p_emu_stop(e->uc);

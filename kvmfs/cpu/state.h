@@ -7,9 +7,11 @@ enum { HOOK_INTR = 1, HOOK_INSN = 2, HOOK_READ_UNMAPPED = 16, HOOK_WRITE_UNMAPPE
        HOOK_WRITE_PROT = 256, HOOK_EDGE_GENERATED = 1 << 15 };
 enum { PROT_R = 1, PROT_W = 2, PROT_X = 4 };
 
-static int load_symbols(const char *path) {
+// Finds, and replaces, what belongs to Unicorn's library; before the first uc_open(), which makes a table of its helpers' addresses.
+// 0; 1 another build.
+int nv_prepare(const char *path) {
     void *lib = dlopen(path, RTLD_NOW | RTLD_NOLOAD);
-    const u8 *generate;
+    static bool loaded;
     struct { const char *name; void *to; } sym[] = {
         {"uc_emu_start", &p_emu_start}, {"uc_emu_stop", &p_emu_stop}, {"uc_hook_add", &p_hook_add},
         {"uc_hook_del", &p_hook_del}, {"uc_mem_map_ptr", &p_map_ptr},
@@ -21,14 +23,20 @@ static int load_symbols(const char *path) {
         {"update_fp_status_x86_64", &p_fpuc}, {"qemu_ram_addr_from_host_x86_64", &p_ram_addr},
         {"cpu_restore_state_x86_64", &p_restore}, {"cpu_breakpoint_insert_x86_64", &p_bp_insert},
         {"cpu_breakpoint_remove_by_ref_x86_64", &p_bp_remove}, {"helper_check_exit_request_x86_64", &p_check_exit},
-        {"gen_intermediate_code_x86_64", &generate}, {"translator_loop_x86_64", &p_translator_loop},
+        {"translator_loop_x86_64", &p_translator_loop},
     };
+    struct { const char *name; void *ours; } replaced[] = {
+        {"translator_loop_x86_64", our_translator_loop},
+        {"helper_pcmpestri_xmm_x86_64", our_pcmpestri}, {"helper_pcmpestrm_xmm_x86_64", our_pcmpestrm},
+        {"helper_pcmpistri_xmm_x86_64", our_pcmpistri}, {"helper_pcmpistrm_xmm_x86_64", our_pcmpistrm},
+    };
+    if (loaded) return 0;
     if (!lib) return 1;
     for (size_t i = 0; i < sizeof sym / sizeof *sym; i++)
         if (!(*(void **)sym[i].to = dlsym(lib, sym[i].name))) return 1;
-    TranslatorLoop **slot = loop_slot(generate, p_translator_loop);
-    if (!slot) return 1;
-    *slot = our_translator_loop;
+    for (size_t i = 0; i < sizeof replaced / sizeof *replaced; i++)
+        if (interpose(lib, replaced[i].name, replaced[i].ours) < 1) return 1;
+    loaded = true;
     return 0;
 }
 
@@ -82,7 +90,6 @@ static int open_window(Engine *e) {
 
 // insns: Unicorn's numbers of SYSCALL, SYSENTER, IN, OUT. 0; 1 another layout, 2 out of memory, 3 refused by Unicorn.
 int nv_engine_new(const char *path, char *uc, const int *insns, Engine **out) {
-    if (load_symbols(path)) return 1;
     Engine *e = calloc(1, sizeof *e);
     if (!e) return 2;
     e->uc = uc;

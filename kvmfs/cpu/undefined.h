@@ -2,12 +2,12 @@
 // Part of native.c: encodings that are #UD for hardware, and something else for the translator, which does not look at LOCK (and ends
 // the process at some, as LOCK BTC of a register), takes VEX instructions for those of SSE, and knows no RTM.
 //
-// Each instruction is looked at before it is translated: Unicorn calls its translator_loop through its PLT, whose entry leads to
-// ours, which puts our_translate_insn in front. A bad one is translated as a breakpoint, and our_debug_excp finds it there.
+// Each instruction is looked at before it is translated: in the place of Unicorn's translator_loop() is ours (interpose.h), which puts
+// our_translate_insn in front. A bad one is translated as a breakpoint, and our_debug_excp finds it there.
 #pragma once
 #include "native.h"
 
-enum { BP_GDB = 0x10, LOOP_CALL = 0x2d }; // where gen_intermediate_code() has that call
+enum { BP_GDB = 0x10 };
 enum { REG_SHIFT = 3 };
 typedef struct { const Tb *tb; u64 pc_first, pc_next; } Translation; // the head of DisasContextBase
 typedef struct { u64 pc; int flags; void *next, *prev; } Breakpoint; // CPUBreakpoint
@@ -38,35 +38,19 @@ static bool lockable(bool two, u8 op, int reg, bool memory) {
     }
 }
 
-// Of the VEX instructions those of BMI, which need no AVX. b: the prefix's first byte.
-static bool is_bmi(const u8 *b) {
-    int map = b[1] & 0x1f, pp = b[2] & 3, op = b[3], reg = b[4] >> REG_SHIFT & 7;
-    if (b[0] != 0xc4 || b[2] & 4) return false;
-    if (map == 3) return op == 0xf0 && pp == 3;         // RORX
-    if (map != 2) return false;
-    switch (op) {
-    case 0xf2: return !pp;                              // ANDN
-    case 0xf3: return !pp && reg > 0 && reg < 4;        // BLSR, BLSMSK, BLSI
-    case 0xf5: return pp != 1;                          // BZHI, PEXT, PDEP
-    case 0xf6: return pp == 3;                          // MULX
-    default: return op == 0xf7;                         // BEXTR, SHLX, SARX, SHRX
-    }
-}
-
 // b has 15 bytes; hf: the mode
 static bool is_undefined(const u8 *b, u32 hf) {
-    bool wide = hf & HF_CS64, lock = false, prefixed = false;
+    bool wide = hf & HF_CS64, lock = false;
     int i = 0;
     for (; i < 10; i++) {
         u8 p = b[i];
         if (p == 0xf0) lock = true;
-        if (p == 0x66 || p == 0xf0 || p == 0xf2 || p == 0xf3 || (wide && (p & 0xf0) == 0x40)) prefixed = true;
-        else if (p != 0x67 && p != 0x64 && p != 0x65 && (p & 0xe7) != 0x26) break;
+        bool prefix = p == 0xf0 || p == 0xf2 || p == 0xf3 || (p & 0xfc) == 0x64 || (p & 0xe7) == 0x26 || (wide && (p & 0xf0) == 0x40);
+        if (!prefix) break;
     }
     u8 op = b[i];
     if (op == 0xc6 || op == 0xc7 || op == 0x8f) return lock || (b[i + 1] >> REG_SHIFT & 7); // XABORT, XBEGIN; XOP
-    if ((op & 0xfe) == 0xc4 && (wide || b[i + 1] >= 0xc0))
-        return !(hf & HF_PE) || (hf & HF_VM) || prefixed || !is_bmi(b + i);
+    if ((op & 0xfe) == 0xc4 && (wide || b[i + 1] >= 0xc0)) return true; // VEX: neither AVX nor BMI, some of which the translator gets wrong
     if (!lock) return false;
     bool two = op == 0x0f;
     if (two) op = b[++i];
@@ -112,18 +96,4 @@ static bool at_undefined(Engine *e) {
     u32 hf = F(u32, HFLAGS) | (F(u64, EFLAGS) & FL_VM);
     code_bytes(e, (hf & HF_CS64 ? 0 : F(Seg, SEGS + 24).base) + F(u64, EIP), b, sizeof b);
     return is_undefined(b, hf);
-}
-
-// Where Unicorn's PLT keeps the address of translator_loop(), NULL: gen_intermediate_code() is not what it was.
-static TranslatorLoop **loop_slot(const u8 *generate, TranslatorLoop *loop) {
-    int32_t to;
-    const u8 *call = generate + LOOP_CALL;
-    if (*call != 0xe8) return NULL;
-    memcpy(&to, call + 1, 4);
-    const u8 *plt = call + 5 + to;
-    if (plt[0] != 0xff || plt[1] != 0x25) return NULL;
-    memcpy(&to, plt + 2, 4);
-    TranslatorLoop **slot = (TranslatorLoop **)(plt + 6 + to);
-    const u8 *unresolved = plt + 6;
-    return *slot == loop || *slot == our_translator_loop || *(const u8 **)slot == unresolved ? slot : NULL;
 }
