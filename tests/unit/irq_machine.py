@@ -10,8 +10,6 @@ import struct
 import threading
 import time
 
-import pytest
-
 from kvmfs.abi import ioctls as K
 from kvmfs.kvm.cpuid_supported import supported
 from kvmfs.kvm.kvm_main import VCPU_INODE, VM_INODE
@@ -179,17 +177,3 @@ def eventually(condition, seconds=10):
 
 
 DONE = "mov al, 1; out 0xf4, al\n"
-
-
-@pytest.fixture
-def machine():
-    """Makes IrqMachines, which are closed after the test."""
-    made = []
-
-    def make(*args, **kwargs):
-        made.append(IrqMachine(*args, **kwargs))
-        return made[-1]
-
-    yield make
-    for m in made:
-        m.close()

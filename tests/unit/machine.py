@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """A VM in this process, driven through the ioctl dispatcher: the machine without FUSE and without a client."""
 
+import contextlib
 import ctypes
 import errno
 import os
@@ -206,6 +207,22 @@ class Machine:
 
     def write(self, gpa, data):
         os.pwrite(self.host.fd, data, gpa)
+
+
+@contextlib.contextmanager
+def machines(kind=Machine):
+    """A function that makes machines (of another kind: ``cls``), which are closed at the end."""
+    made = []
+
+    def make(*args, cls=kind, **kwargs):
+        made.append(cls(*args, **kwargs))
+        return made[-1]
+
+    try:
+        yield make
+    finally:
+        for m in made:
+            m.close()
 
 
 def error(code):

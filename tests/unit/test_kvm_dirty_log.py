@@ -2,6 +2,7 @@
 """Dirty logging: exactly the pages that the guest, its page walks and the machine write."""
 
 import struct
+from functools import partial
 
 import pytest
 
@@ -10,7 +11,7 @@ from kvmfs.abi.exits import KVM_EXIT_HLT, KVM_EXIT_IO
 from kvmfs.kvm import dirty_log
 from kvmfs.kvm.kvm_main import VM_INODE
 from tests.unit.fake_client import ARG
-from tests.unit.machine import CODE, RAM, Machine, error
+from tests.unit.machine import CODE, RAM, error, machines
 
 LOG = 1
 PAGES = RAM >> 12
@@ -18,15 +19,8 @@ PAGES = RAM >> 12
 
 @pytest.fixture(params=["amd", "intel"])
 def machine(request):
-    made = []
-
-    def make(*args, **kwargs):
-        made.append(Machine(request.param, *args, **kwargs))
-        return made[-1]
-
-    yield make
-    for m in made:
-        m.close()
+    with machines() as make:
+        yield partial(make, request.param)
 
 
 def get(m, slot=0, address=ARG):

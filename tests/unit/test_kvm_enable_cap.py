@@ -20,21 +20,9 @@ from kvmfs.kvm.cpuid import CpuidEntry, CpuidTable
 from kvmfs.kvm.kvm_main import VCPU_INODE, VM_INODE
 from tests.unit.machine import CODE, Machine
 
+MACHINE = Machine           # that the fixture makes
 BOTH = pytest.mark.parametrize("vendor", ["amd", "intel"])
 VMCALL = {"amd": "vmmcall", "intel": "vmcall"}
-
-
-@pytest.fixture
-def machine():
-    made = []
-
-    def make(*args, **kwargs):
-        made.append(Machine(*args, **kwargs))
-        return made[-1]
-
-    yield make
-    for m in made:
-        m.close()
 
 
 def enable(m, cap, argument=0, flags=0, node=VM_INODE):

@@ -14,24 +14,12 @@ from kvmfs.abi.structs import KvmDebugregs
 from kvmfs.kvm.kvm_main import VCPU_INODE, VM_INODE
 from tests.unit.machine import CODE, Machine
 
+MACHINE = Machine           # that the fixture makes
 BOTH = pytest.mark.parametrize("vendor", ["amd", "intel"])
 ENABLE, STEP, SW, HW = 1, 2, 0x10000, 0x20000
 INJECT_DB, INJECT_BP, BLOCKIRQ = 0x40000, 0x80000, 0x100000
 LOW = 0xFFFF0FF0
 BS, RF = 0x4000, 0x10000
-
-
-@pytest.fixture
-def machine():
-    made = []
-
-    def make(*args, **kwargs):
-        made.append(Machine(*args, **kwargs))
-        return made[-1]
-
-    yield make
-    for m in made:
-        m.close()
 
 
 def debug(m, control, dr7=0, addresses=()):

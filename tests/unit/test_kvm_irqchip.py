@@ -15,25 +15,12 @@ from kvmfs.kvm import irq, vapic
 from kvmfs.kvm.irq_comm import Irqchip
 from kvmfs.kvm.kvm_main import VM_INODE
 from tests.unit.fake_client import ARG
-from tests.unit.irq_machine import APIC, APIC_ON, DONE, IOAPIC, IrqMachine, eventually, handler
+from tests.unit.irq_machine import APIC, APIC_ON, DONE, IOAPIC, eventually, handler
 from tests.unit.machine import Machine
 
 BOTH = pytest.mark.parametrize("vendor", ["amd", "intel"])
 ENTRY = struct.Struct("<IIII32s")
 MASTER, SLAVE, IOAPIC_CHIP = 0, 1, 2
-
-
-@pytest.fixture
-def machine():
-    made = []
-
-    def make(*args, cls=IrqMachine, **kwargs):
-        made.append(cls(*args, **kwargs))
-        return made[-1]
-
-    yield make
-    for m in made:
-        m.close()
 
 
 def get_chip(m, number):

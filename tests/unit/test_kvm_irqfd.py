@@ -14,7 +14,7 @@ from kvmfs.abi import caps as C
 from kvmfs.abi import ioctls as K
 from kvmfs.kvm import caps, irq
 from tests.unit.fake_client import ARG
-from tests.unit.irq_machine import APIC, APIC_ON, COUNTS, DONE, IOAPIC, PIC_EOI, PIC_INIT, IrqMachine, eventually, handler
+from tests.unit.irq_machine import APIC, APIC_ON, COUNTS, DONE, IOAPIC, PIC_EOI, PIC_INIT, eventually, handler
 from tests.unit.machine import Machine, error
 
 BOTH = pytest.mark.parametrize("vendor", ["amd", "intel"])
@@ -25,19 +25,6 @@ SPIN = "sti; spin: jmp spin\n"
 WAIT = "wait: cli; cmp dword ptr [{}], {}; jae done; sti; {}; jmp wait; done: {}"
 ROUTE = struct.Struct("<IIIIIII20x")
 DOORBELL = 0x510
-
-
-@pytest.fixture
-def machine():
-    made = []
-
-    def make(*args, cls=IrqMachine, **kwargs):
-        made.append(cls(*args, **kwargs))
-        return made[-1]
-
-    yield make
-    for m in made:
-        m.close()
 
 
 @pytest.fixture

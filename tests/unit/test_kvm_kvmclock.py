@@ -19,7 +19,7 @@ from kvmfs.abi.para import KVM_FEATURE_CLOCKSOURCE, PVCLOCK_GUEST_STOPPED, PVCLO
 from kvmfs.kvm import kvmclock, msr_lists, steal_time, tsc
 from kvmfs.kvm.cpuid import CpuidEntry, CpuidTable
 from kvmfs.kvm.kvm_main import VCPU_INODE, VM_INODE
-from tests.unit.machine import CODE, Machine
+from tests.unit.machine import CODE, machines
 
 PAGE = 0x3000
 NS = 10**9
@@ -28,15 +28,8 @@ NS = 10**9
 @pytest.fixture
 def machine(monkeypatch):
     monkeypatch.setattr(tsc, "host_clock_is_tsc", lambda: True)
-    made = []
-
-    def make(*args, **kwargs):
-        made.append(Machine(*args, **kwargs))
-        return made[-1]
-
-    yield make
-    for m in made:
-        m.close()
+    with machines() as make:
+        yield make
 
 
 def set_msr(m, index, value, node=VCPU_INODE):

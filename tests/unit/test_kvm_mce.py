@@ -4,7 +4,6 @@
 import errno
 import struct
 
-import pytest
 from test_kvm_enable_cap import BOTH, IVT
 
 from kvmfs import vendor as vendors
@@ -19,22 +18,10 @@ from kvmfs.kvm.mce import MCI_STATUS_AR, MCI_STATUS_S
 from tests.unit.irq_machine import APIC, APIC_ON, IrqMachine, handler
 from tests.unit.machine import Machine, Req
 
+MACHINE = Machine           # that the fixture makes
 ALL = (1 << 64) - 1
 VAL, UC, EN, OVER = M.MCI_STATUS_VAL, M.MCI_STATUS_UC, M.MCI_STATUS_EN, M.MCI_STATUS_OVER
 FATAL = VAL | UC | EN | M.MCI_STATUS_PCC
-
-
-@pytest.fixture
-def machine():
-    made = []
-
-    def make(*args, **kwargs):
-        made.append(Machine(*args, **kwargs))
-        return made[-1]
-
-    yield make
-    for m in made:
-        m.close()
 
 
 def setup(m, mcg_cap):

@@ -17,21 +17,10 @@ from kvmfs.abi.structs import KvmMsrFilter
 from kvmfs.kvm.kvm_main import VCPU_INODE, VM_INODE
 from tests.unit.machine import Machine
 
+MACHINE = Machine           # that the fixture makes
+
 READ, WRITE = F.KVM_MSR_FILTER_READ, F.KVM_MSR_FILTER_WRITE
 UNKNOWN_MSR = 0x1234567
-
-
-@pytest.fixture
-def machine():
-    made = []
-
-    def make(*args, **kwargs):
-        made.append(Machine(*args, **kwargs))
-        return made[-1]
-
-    yield make
-    for m in made:
-        m.close()
 
 
 def set_filter(m, flags, *ranges):

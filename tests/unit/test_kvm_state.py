@@ -17,22 +17,10 @@ from kvmfs.kvm.kvm_main import Kvm
 from tests.unit.fake_client import FakeMemory
 from tests.unit.machine import CODE, Machine, Req
 
+MACHINE = Machine           # that the fixture makes
 BOTH = pytest.mark.parametrize("vendor", ["amd", "intel"])
 CR0_PG, CR4_PAE, EFER_LM = 0x80000011, 0x20, 0x500
 M64 = (1 << 64) - 1
-
-
-@pytest.fixture
-def machine():
-    made = []
-
-    def make(*args, **kwargs):
-        made.append(Machine(*args, **kwargs))
-        return made[-1]
-
-    yield make
-    for m in made:
-        m.close()
 
 
 def cpuid(m, *entries):

@@ -2,6 +2,7 @@
 """The client's virtual APIC page, and KVM_EXIT_TPR_ACCESS."""
 
 import struct
+from functools import partial
 
 import pytest
 
@@ -11,7 +12,7 @@ from kvmfs.abi.structs import KvmRun
 from kvmfs.kvm.kvm_main import VCPU_INODE
 from tests.unit.fake_client import ARG
 from tests.unit.irq_machine import APIC, APIC_ON, IrqMachine, handler
-from tests.unit.machine import Machine, error
+from tests.unit.machine import Machine, error, machines
 
 WORD = 0x4000
 TPR = APIC + 0x80
@@ -19,15 +20,8 @@ TPR = APIC + 0x80
 
 @pytest.fixture(params=["amd", "intel"])
 def machine(request):
-    machines = []
-
-    def make(source=None, **options):
-        machines.append(IrqMachine(request.param, source, **options))
-        return machines[-1]
-
-    yield make
-    for m in machines:
-        m.close()
+    with machines(IrqMachine) as make:
+        yield partial(make, request.param)
 
 
 def report(m, enabled=1, flags=0):

@@ -16,20 +16,8 @@ from kvmfs.abi.x86 import CR4_FSGSBASE, CR4_SMEP
 from kvmfs.kvm.kvm_main import VCPU_INODE, VM_INODE
 from tests.unit.machine import CODE, Machine
 
+MACHINE = Machine           # that the fixture makes
 BOTH = pytest.mark.parametrize("vendor", ["amd", "intel"])
-
-
-@pytest.fixture
-def machine():
-    made = []
-
-    def make(*args, **kwargs):
-        made.append(Machine(*args, **kwargs))
-        return made[-1]
-
-    yield make
-    for m in made:
-        m.close()
 
 
 @BOTH
