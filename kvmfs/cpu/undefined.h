@@ -7,7 +7,7 @@
 #pragma once
 #include "native.h"
 
-enum { BP_GDB = 0x10 };
+enum { BP_GDB = 0x10, CR4_OSXSAVE = 1 << 18 };
 enum { REG_SHIFT = 3 };
 typedef struct { const Tb *tb; u64 pc_first, pc_next; } Translation; // the head of DisasContextBase
 typedef struct { u64 pc; int flags; void *next, *prev; } Breakpoint; // CPUBreakpoint
@@ -38,8 +38,15 @@ static bool lockable(bool two, u8 op, int reg, bool memory) {
     }
 }
 
+// VMOVDQA, VMOVDQU between an XMM register and memory or another one. Where XSAVE is enabled the translator's MOVDQA and MOVDQU are let
+// through: there are programs that do not ask for AVX before, KVM's selftest state_test for one.
+static bool moves_xmm(const u8 *b) {
+    bool form = b[0] == 0xc5 && (b[1] == 0xfa || b[1] == 0xf9 || b[1] == 0x7a || b[1] == 0x79); // VEX.128.F3, VEX.128.66, no third operand
+    return form && (b[2] & 0xef) == 0x6f;
+}
+
 // b has 15 bytes; hf: the mode
-static bool is_undefined(const u8 *b, u32 hf) {
+static bool is_undefined(const u8 *b, u32 hf, u64 cr4) {
     bool wide = hf & HF_CS64, lock = false;
     int i = 0;
     for (; i < 10; i++) {
@@ -50,7 +57,7 @@ static bool is_undefined(const u8 *b, u32 hf) {
     }
     u8 op = b[i];
     if (op == 0xc6 || op == 0xc7 || op == 0x8f) return lock || (b[i + 1] >> REG_SHIFT & 7); // XABORT, XBEGIN; XOP
-    if ((op & 0xfe) == 0xc4 && (wide || b[i + 1] >= 0xc0)) return true; // VEX: neither AVX nor BMI, some of which the translator gets wrong
+    if ((op & 0xfe) == 0xc4 && (wide || b[i + 1] >= 0xc0)) return i || !(cr4 & CR4_OSXSAVE) || !moves_xmm(b); // VEX: neither AVX nor BMI, some of which the translator gets wrong
     if (!lock) return false;
     bool two = op == 0x0f;
     if (two) op = b[++i];
@@ -78,7 +85,7 @@ static void our_translate_insn(Translation *t, void *cs) {
     Engine *e = engine_of(cs);
     u8 b[15];
     code_bytes(e, t->pc_next, b, sizeof b);
-    if (is_undefined(b, t->tb->flags)) theirs.breakpoint_check(t, cs, &(Breakpoint){.flags = BP_GDB});
+    if (is_undefined(b, t->tb->flags, F(u64, CR + 32))) theirs.breakpoint_check(t, cs, &(Breakpoint){.flags = BP_GDB});
     else theirs.translate_insn(t, cs);
 }
 
@@ -95,5 +102,5 @@ static bool at_undefined(Engine *e) {
     u8 b[15];
     u32 hf = F(u32, HFLAGS) | (F(u64, EFLAGS) & FL_VM);
     code_bytes(e, (hf & HF_CS64 ? 0 : F(Seg, SEGS + 24).base) + F(u64, EIP), b, sizeof b);
-    return is_undefined(b, hf);
+    return is_undefined(b, hf, F(u64, CR + 32));
 }
