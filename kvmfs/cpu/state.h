@@ -59,6 +59,8 @@ static int check_layout(Engine *e, const char *path) {
     const char *tcg = UC(char *, UC_TCG_CTX);
     if (TCG(u64, TCG_BUFFER_END) - TCG(u64, TCG_BUFFER) > TCG(u64, TCG_BUFFER_SIZE)) return 1;
     if (!head_is_known()) return 1;
+    int globals = *(int *)(UC(char *, UC_TCG) + TCG_NB_GLOBALS), temps = *(int *)(UC(char *, UC_TCG) + TCG_NB_TEMPS);
+    if (globals < 16 || globals > 64 || temps < globals || temps > 512) return 1; // registers of the guest
     for (int m = 0; m < 3; m++) {
         TlbFast *f = &F(TlbFast, TLB_FAST + 16 * m);
         if ((f->mask & 63) || !f->table) return 1;

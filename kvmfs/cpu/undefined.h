@@ -4,12 +4,16 @@
 //
 // Each instruction is looked at before it is translated: in the place of Unicorn's translator_loop() is ours (interpose.h), which puts
 // our_translate_insn in front. A bad one is translated as a breakpoint, and our_debug_excp finds it there.
+//
+// The translator also keeps some temporaries of some instructions (of the FPU's two each), and writes over what is behind the 512
+// that a block may have, when a page is full of those: a block ends here before.
 #pragma once
 #include "native.h"
 
 enum { BP_GDB = 0x10, CR4_OSXSAVE = 1 << 18 };
 enum { REG_SHIFT = 3 };
-typedef struct { const Tb *tb; u64 pc_first, pc_next; } Translation; // the head of DisasContextBase
+enum { DISAS_NEXT, DISAS_TOO_MANY, MOST_TEMPS = 512 - 192 };
+typedef struct { const Tb *tb; u64 pc_first, pc_next; int is_jmp; } Translation; // the head of DisasContextBase
 typedef struct { u64 pc; int flags; void *next, *prev; } Breakpoint; // CPUBreakpoint
 typedef struct {
     void (*init_disas_context)(void *, void *), (*tb_start)(void *, void *), (*insn_start)(void *, void *);
@@ -85,8 +89,12 @@ static void our_translate_insn(Translation *t, void *cs) {
     Engine *e = engine_of(cs);
     u8 b[15];
     code_bytes(e, t->pc_next, b, sizeof b);
-    if (is_undefined(b, t->tb->flags, F(u64, CR + 32))) theirs.breakpoint_check(t, cs, &(Breakpoint){.flags = BP_GDB});
-    else theirs.translate_insn(t, cs);
+    if (is_undefined(b, t->tb->flags, F(u64, CR + 32))) {
+        theirs.breakpoint_check(t, cs, &(Breakpoint){.flags = BP_GDB});
+        return;
+    }
+    theirs.translate_insn(t, cs);
+    if (t->is_jmp == DISAS_NEXT && *(int *)(UC(char *, UC_TCG) + TCG_NB_TEMPS) > MOST_TEMPS) t->is_jmp = DISAS_TOO_MANY;
 }
 
 static void our_translator_loop(const TranslatorOps *ops, void *context, void *cs, void *tb, int max_insns) {

@@ -450,3 +450,11 @@ def test_an_engine_made_ahead_works_in_each_fork():
         children.append(pid)
     assert [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children] == [0, 0]
     assert engine.take() is not engine.take()
+
+
+@pytest.mark.parametrize("instruction", ["0xdd, 0xcb", "0xd9, 0xe8", "0x0f, 0xae, 0xf0"])
+def test_pages_full_of_instructions_with_temporaries(instruction):
+    """The translator does not give all of them back; a block ends before it has too many."""
+    g = Guest(f"start: .rept 1500\n .byte {instruction}\n .endr\n mov eax,7\n hlt")
+    g.hlt()
+    assert g.cpu.gpr(0) == 7
