@@ -35,7 +35,7 @@ selftests: setup
 	tools/selftests/build.sh
 	$(PYTHON) tools/selftests/run.py
 
-# The unit tests of rust-vmm's kvm-ioctls and a boot with QEMU 10, from Debian 13 in a root of its own.
+# The unit tests of rust-vmm's kvm-ioctls, a boot with QEMU 10, libguestfs' test, from Debian 13 in a root of its own.
 vmm-tests: setup
 	tools/vmm_tests.sh
 

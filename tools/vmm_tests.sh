@@ -1,14 +1,16 @@
 #!/bin/sh
 # SPDX-License-Identifier: GPL-2.0-or-later
-# Other people's KVM code on the fake node, from a newer Debian in a root of its own (build/trixie, about 1.5 GB): the unit
-# tests of rust-vmm's kvm-ioctls, which Firecracker and Cloud Hypervisor are built on, and a boot of Linux with QEMU 10.
+# Other people's KVM code on the fake node, from a newer Debian in a root of its own (build/trixie, about 2 GB): the unit
+# tests of rust-vmm's kvm-ioctls, which Firecracker and Cloud Hypervisor are built on, a boot of Linux with QEMU 10, and
+# libguestfs' own test.
 # As root; both vendors. Exit 1 when something fails that passes on a real KVM.
 set -eu
 cd "$(dirname "$0")/.."
 . tools/linux_image.sh
 root=$PWD/build/trixie
 log=build/vmm-tests.log
-packages="librust-kvm-ioctls-dev cargo rustc gcc libc6-dev qemu-system-x86"
+packages="librust-kvm-ioctls-dev cargo rustc gcc libc6-dev qemu-system-x86
+    libguestfs-tools guestfish guestfs-tools linux-image-cloud-amd64"
 
 if [ "$(id -u)" != 0 ]; then
     echo "vmm_tests: debootstrap and chroot need root" >&2
@@ -28,6 +30,7 @@ if [ ! -e "$root/.ready" ]; then
     rm -f "$root/root/kvm-ioctls/.cargo-checksum.json"
     chroot "$root" sh -c 'cd /root/kvm-ioctls && HOME=/root cargo test --offline --lib --no-run' >> "$log" 2>&1
     find "$root/root/kvm-ioctls/target/debug/deps" -name 'kvm_ioctls-*' -type f -executable -exec cp {} "$root/root/kvm-ioctls-tests" \;
+    ln -sf /proc/self/fd "$root/dev/fd"
     touch "$root/.ready" "$root/dev/kvm"
 fi
 cp "$kernel" "$root/root/vmlinuz"
@@ -39,6 +42,7 @@ inside='
     root=$1; shift
     mount --bind /dev/kvm "$root/dev/kvm"
     mount -t proc proc "$root/proc"
+    mount -t sysfs sysfs "$root/sys"
     mount -t tmpfs tmpfs "$root/tmp"
     exec chroot "$root" "$@"'
 on_kvmfs() {
@@ -62,5 +66,15 @@ for vendor in amd intel; do
     if grep -aq 'Power down' build/vmm-qemu-$vendor.log; then verdict=ok; else verdict=FAILED status=1; fi
     printf '%-6s QEMU 10     %-7s %s, %d ms\n' $vendor $verdict \
         "$(grep -ao 'GUEST-UP.*' build/vmm-qemu-$vendor.log | tr -d '\r')" $(($(date +%s%3N) - begin))
+
+    on_kvmfs $vendor env LIBGUESTFS_BACKEND=direct LIBGUESTFS_CACHEDIR=/var/tmp HOME=/root libguestfs-test-tool -t 250 \
+        > build/vmm-libguestfs-$vendor.log || true
+    verdict=FAILED
+    if grep -aq 'qemu KVM: enabled' build/vmm-libguestfs-$vendor.log && grep -aq 'TEST FINISHED OK' build/vmm-libguestfs-$vendor.log; then
+        verdict=ok
+    else
+        status=1
+    fi
+    printf '%-6s libguestfs  %-7s see build/vmm-libguestfs-%s.log\n' $vendor $verdict $vendor
 done
 exit $status
