@@ -93,7 +93,7 @@ class Node:
                     found[_kind(os.readlink(f"/proc/{process}/fd/{descriptor}"))] += 1
             except OSError:
                 continue
-        found.update(f"mount {line.split()[4]}" for line in Path(f"/proc/{self._process.pid}/mountinfo").read_text().splitlines()
+        found.update(f"mount {line}" for line in Path(f"/proc/{self._process.pid}/mountinfo").read_text().splitlines()
                      if f" {self._directory}" in line)
         return found
 
