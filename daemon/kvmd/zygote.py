@@ -109,8 +109,8 @@ class _Server:
         self._wake, self._woken = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
 
     def run(self, daemon: int, preload: Callable[[], None]) -> NoReturn:
-        # A ^C at the daemon's terminal is the daemon's.  No session of its own: the scheduler would part the workers from clients that
-        # share the daemon's (autogroups), and each change between them cost a microsecond more.
+        # A ^C at the daemon's terminal is the daemon's.  No session of its own: the scheduler would part the workers from
+        # clients that share the daemon's (autogroups), and each change between them cost a microsecond more.
         os.setpgid(0, 0)
         sandbox.set_name("kvmd-zygote")
         sandbox.end_with_parent(daemon)
