@@ -76,6 +76,20 @@ def test_filters_and_output(tmp_path):
     assert lines and all(re.match(r"\d\d:\d\d:\d\d\.\d{6} vm 0 vcpu 0: KVM_GET_", line) for line in lines)
 
 
+@pytest.mark.parametrize(("options", "lines"), [
+    (("--vm", "0"), [r"vm 0: KVM_", "vm 0 vcpu 0: KVM_RUN KVM_EXIT_HLT"]), (("--vm", "1"), []), (("--vcpu", "1"), []),
+    (("--vcpu", "0", "-e", "GET_REGS"), ["vm 0 vcpu 0: KVM_GET_REGS"]),
+    (("--level", "system", "-e", "*VM"), ["system: KVM_CREATE_VM"]),
+    (("--exits", "--vm", "0", "--vcpu", "0"), ["kvm_exit: vcpu 0 reason"]), (("--exits", "--vcpu", "1"), []),
+])
+def test_filters(options, lines):
+    result = kvmfs("trace", *options, "--", program("hello"))
+    assert result.returncode == 0
+    for line in lines:
+        assert line in result.stderr
+    assert bool(lines) == bool(result.stderr), result.stderr
+
+
 def test_trace_as_json():
     result = kvmfs("trace", "--json", "-e", "KVM_RUN", "--", program("hello"))
     records = [json.loads(line) for line in result.stderr.splitlines()]

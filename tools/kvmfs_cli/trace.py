@@ -58,11 +58,11 @@ class Stream:
         self._theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _RECORDS)
         self._daemon: daemons.Daemon | None = None
 
-    def attach(self, pid: int, shown: Filter) -> None:
-        """Have that daemon, and its VMs, write here.  Raises DaemonError."""
+    def attach(self, pid: int, shown: Filter, only: int | None = None) -> None:
+        """Have that daemon and its VMs, those to come too, write here; or only one VM that runs.  Raises DaemonError."""
         self._daemon = daemons.Daemon(pid)
-        only = {} if shown.vm is None else {"vm": shown.vm}
-        self._daemon.ask("trace", [self._theirs.fileno()], exits=int(shown.exits), **only)
+        one = {} if only is None else {"vm": only}
+        self._daemon.ask("trace", [self._theirs.fileno()], exits=int(shown.exits), **one)
 
     def only_read(self) -> None:
         """From now on the end is seen when the writers are gone."""
@@ -129,8 +129,10 @@ def trace_command(command: Sequence[str], shown: Filter, output: str | None, *, 
                 out.flush()
                 os._exit(0)
         stream.only_write()
-        stream.attach(pid, shown)
-        stream.only_read()
+        try:
+            stream.attach(pid, shown)
+        finally:
+            stream.only_read()      # otherwise the printer would wait for us
 
     try:
         return run.run(command, prepare=prepare, **options)
@@ -146,7 +148,7 @@ def trace_running(pid: int | None, shown: Filter, output: str | None, *, as_json
     with daemons.one(pid) as daemon:
         chosen = daemon.pid
     stream = Stream()
-    stream.attach(chosen, shown)
+    stream.attach(chosen, shown, shown.vm)
     stream.only_read()
     out = _opened(output) or sys.stdout
     try:
