@@ -86,6 +86,7 @@ def close_all_but(fds: Sequence[int]) -> None:
     os.closerange(low, max(resource.getrlimit(resource.RLIMIT_NOFILE)[0], low))
 
 
+@functools.cache                    # what is dropped stays so, in the children, too
 def drop_bounding_set() -> None:
     """No program that this process or a child starts can have a capability by its file."""
     with open("/proc/self/status", encoding="utf-8") as file:

@@ -11,6 +11,7 @@ import codecs
 import logging
 import os
 import threading
+from types import SimpleNamespace
 from typing import Any
 
 import pyfuse3
@@ -30,10 +31,12 @@ from kvmfs.fuse.channel import Channel, Shortcut
 from kvmfs.fuse.operations import NodeOperations
 from kvmfs.kvm import fastpath, hyperv_cpuid, tsc
 from kvmfs.kvm.kvm_main import DEVICE_INODE, VCPU_INODE, VM_INODE, Vm
+from kvmfs.kvm.profile import DEFAULT
 
 log = logging.getLogger("kvmd.worker")
 
 VM_FILE = "kvm-vm"
+ROUNDS = 12             # Python quickens what was called eight times
 MAX_IDLE = 2            # reader threads that stay when nothing is to be read
 # What spawn() passes, in this order.
 FDS = ("fuse", "requests", "control", "pidfd", "memory", "tasks", "maps")
@@ -44,15 +47,31 @@ def preload() -> None:
     trio.run(trio.lowlevel.checkpoint)
     for name in ("ascii", "idna", "latin-1"):
         codecs.lookup(name)
-    engine.make_ahead()             # loads the native parts, too, which a worker has no right to open
     fastpath.load()
     for name in ("amd", "intel"):
-        vendors.load(name)
+        _warm_up(name)
+    engine.make_ahead()             # loads the native parts, too, which a worker has no right to open
     sandbox.prepare()
     tsc.tsc_khz()                   # takes a tenth of a second, and privileges
     tsc.host_clock_is_tsc()
     hyperv_cpuid.smt_possible()
     logging.getLogger("kvmd.worker").debug("zygote is ready")
+
+
+def _warm_up(vendor: str) -> None:
+    """Make VMs that nobody uses: Python then has specialised the code that each worker runs once, and writes less into it."""
+    client: Any = SimpleNamespace(tid=0, task_fd=-1, memory=None, owns=lambda tid: False)
+    one, other = Link.pair()
+    for _ in range(ROUNDS):
+        trio.run(trio.lowlevel.checkpoint)
+        host = WorkerHost(one, client, fuse=-1, maps=-1, device=0, passthrough=True, uid=0, gid=0)
+        worker = Worker(vendor, DEFAULT, host, -1, other, 0)
+        worker.vm.online_vcpu(worker.vm.create_vcpu(0))
+        worker.dispatcher.tap(())
+        worker.vm.destroy()
+        worker.channel.close()
+    one.close()
+    other.close()
 
 
 def main(message: Message, fds: list[int]) -> None:
@@ -102,11 +121,6 @@ class Worker:
         try:
             self.channel.run(self.operations)
         finally:
-            if self._open_files == 0:   # otherwise a vCPU may be in its guest: the exit ends both
-                try:
-                    self.vm.destroy()
-                except Exception:
-                    log.exception("the VM did not end in order")
             # The other threads are in the kernel or in the guest; nothing of them is left to be done.
             os._exit(0)
 
@@ -124,7 +138,7 @@ class Worker:
         if inode == DEVICE_INODE:
             self.vm.vfio.release()
         if self._open_files == 0:
-            pyfuse3.terminate()         # pyfuse3 calls this in its own loop
+            os._exit(0)                 # nobody can ask for anything any more, and what there is goes with the process
 
     def _stop(self) -> None:
         token = pyfuse3.trio_token

@@ -216,6 +216,11 @@ class Channel:
         finally:
             pyfuse3.close(unmount=False)
 
+    def close(self) -> None:
+        """Of one that was never started."""
+        self._ours.close()
+        os.close(self._theirs_fd)
+
     async def _main(self) -> None:
         self._trio_token = trio.lowlevel.current_trio_token()
         # _end sets _end_seen before it looks for the token, so one of the two sees the other.

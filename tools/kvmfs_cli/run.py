@@ -47,8 +47,10 @@ class PrivateDaemon:
             status = 1
             try:
                 os.close(reader)
-                os.setpgid(0, 0)        # a ^C is the command's; the daemon ends when the command has ended.  See zygote.py
-                signal.signal(signal.SIGTTOU, signal.SIG_IGN)   # it may log to a terminal that is set to stop such a group
+                # A ^C is the command's; the daemon ends when the command has ended.  It may log to a terminal that would
+                # stop it for that.  Why this is no session of its own: zygote.py.
+                os.setpgid(0, 0)
+                signal.signal(signal.SIGTTOU, signal.SIG_IGN)
                 ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
                 if os.getppid() != parent:
                     os._exit(1)
