@@ -137,9 +137,40 @@ static void note_fetch(Engine *e, u64 va) {
     if (e->nfetched <= MAX_FETCHED) e->nfetched++; // one more than there is room for: all of them
 }
 
-// From here on every page of code is compared before it is executed.
+// Is what the TLB has for code at va as it was translated? Then it may stay there. False also where that is not quickly known.
+static bool same_code(Engine *e, u64 va) {
+    u64 pa = GPA_END;
+    for (int m = 0; m < 3; m++) {
+        TlbFast *f = &F(TlbFast, TLB_FAST + 16 * m);
+        TlbEntry *t = &f->table[(va >> 12) & (f->mask >> 6)], *victim = &F(TlbEntry, TLB_DESC + TLB_DESC_SIZE * m + TLB_DESC_VTABLE);
+        for (int i = 0; i < VTLB_SIZE; i++)
+            if (victim[i].x != ~0ull && !((victim[i].x ^ va) >> 12)) return false;
+        if (t->x == ~0ull || (t->x ^ va) >> 12) continue;
+        u64 at = t->paddr & ~(0xfffull | NOT_RAM);
+        if (pa != GPA_END && pa != at) return false;
+        pa = at;
+    }
+    const Region *r = pa < GPA_END ? region_at(e, pa) : NULL;
+    Kept *k = r ? kept_of(e, pa >> 12, false) : NULL;
+    if (!k || !k->valid || memcmp(k->bytes, r->host + (pa - r->gpa), sizeof k->bytes)) return false;
+    k->generation = e->generation;
+    return true;
+}
+
+// From here on every page of code is compared before it is executed. Few pages are compared at once: a guest that leaves again and
+// again in one place then keeps its TLB entries.
 static void code_suspect(Engine *e) {
     e->generation++;
+    if (e->nfetched <= MAX_COMPARED) {
+        int kept = 0;
+        for (int i = 0; i < e->nfetched; i++) {
+            u64 va = e->fetched[i];
+            if (same_code(e, va)) e->fetched[kept++] = va;
+            else p_tlb_flush_page(e->cpu, va);
+        }
+        e->nfetched = kept;
+        return;
+    }
     if (e->nfetched > MAX_FETCHED) p_tlb_flush(e->cpu);
     else
         for (int i = 0; i < e->nfetched; i++) p_tlb_flush_page(e->cpu, e->fetched[i]);

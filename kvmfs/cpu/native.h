@@ -61,7 +61,7 @@ enum { EXIT_NONE, EXIT_SVM, EXIT_IO_IN, EXIT_IO_OUT, EXIT_MMIO_READ, EXIT_MMIO_W
 enum { PEND_NONE, PEND_OUT, PEND_IN, PEND_INS, PEND_MMIO };
 enum { MAX_KNOWN = 128, MAX_EVENTS = 128, SCRATCH_PAGES = 4, IO_DATA = 1024, MAX_CPUS = 4096,
        QUEUES = 64 };
-enum { MAX_FETCHED = 8 }; // pages that are dropped from the TLB one by one
+enum { MAX_FETCHED = 8, MAX_COMPARED = 2 }; // pages that are dropped from the TLB one by one; that are compared at once
 #define NO_TICKET (~0ull)
 #define GPA_END (1ull << 40)      // QEMU's physical addresses have 40 bits
 #define NOT_RAM (1ull << 45)      // in the TLB: the page has no memory, or only to read
