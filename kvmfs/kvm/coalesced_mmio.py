@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Writes that wait in a ring until the client has time for them (Linux: virt/kvm/coalesced_mmio.c; api.rst 4.116).
 
-In Linux all vCPUs' kvm_run areas show the same ring page.  Here each vCPU's file has pages of its own, so only the
+In Linux all vCPUs' kvm_run areas show the same ring page.  Here each vCPU's file has pages of its own: a mapping through FUSE
+shows its backing file at the offset that the client gives, and no two regular files have a page in common.  So only the
 first vCPU's writes go into its ring, the one that clients look at; the others exit, as they do when the ring is full.
 The same goes for a kvm_run area that is copied at each KVM_RUN: the client may look at the ring at any time.
 """

@@ -4,6 +4,7 @@
 The walk itself is test_cpu_mmu's, KVM's own walker test_kvm_mmu_guests'.
 """
 
+import ctypes
 import errno
 import itertools
 import struct
@@ -219,3 +220,15 @@ def test_there_are_four_levels(vendor):
     p.cpu.rip, p.cpu.idt = 0x8000, (0, 0)
     assert (p.m.run(), p.m.reason) == (0, KVM_EXIT_SHUTDOWN)            # #GP, and no IDT
     p.m.close()
+
+
+def test_a_hole_in_the_file_behind_a_slot():
+    """Discarded by fallocate: the guest, which has a translation for the page, reads zeroes at once."""
+    m = Machine("amd", "1: mov ax, [0x5000]; hlt; jmp 1b")
+    m.write(0x5000, b"\x34\x12")
+    assert (m.run(), m.regs()["rax"] & 0xFFFF) == (0, 0x1234)
+    keep_size_punch_hole = 1 | 2
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.fallocate(m.host.fd, keep_size_punch_hole, ctypes.c_long(0x5000), ctypes.c_long(0x1000)) == 0
+    assert (m.run(), m.regs()["rax"] & 0xFFFF) == (0, 0)
+    m.close()
