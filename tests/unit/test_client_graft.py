@@ -9,7 +9,6 @@ import resource
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -17,27 +16,11 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-import client_rig
-from client_rig import CREATE_VCPU, Rig, start
-
 from kvmfs.client.tracer import ClientGoneError, Thread, TracedError, settle
+from tests.unit import client_rig
+from tests.unit.client_rig import CREATE_VCPU, Rig, start
 
 pytestmark = pytest.mark.skipif(not client_rig.usable(), reason="needs root and /dev/fuse")
-
-
-@pytest.fixture(scope="module")
-def program() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory() as directory:  # pytest's own are closed to other users
-        Path(directory).chmod(0o755)
-        yield client_rig.compile_client(Path(directory))
-
-
-@pytest.fixture
-def rig() -> Iterator[Rig]:
-    rig = Rig()
-    yield rig
-    rig.close()
 
 
 @pytest.fixture
