@@ -2,6 +2,8 @@
 """Wrong usages of ``kvmfs``: each says what is wrong, and what would be right; nothing was started."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 from click.testing import CliRunner
@@ -36,6 +38,15 @@ def test_the_command_line(arguments, message):
     result = CliRunner().invoke(main, arguments, prog_name="kvmfs")
     assert result.exit_code == 2, result.output
     assert message in result.output
+
+
+@pytest.mark.parametrize("command", ["version", "doctor"])
+def test_output_that_cannot_be_written(command):
+    with open("/dev/full", "w", encoding="ascii") as full:
+        result = subprocess.run([sys.executable, "-m", "kvmfs_cli", command], stdout=full, stderr=subprocess.PIPE, text=True,
+                                timeout=60, check=False)
+    assert result.returncode == 1
+    assert result.stderr == "Error: the output cannot be written: No space left on device; make room, or write elsewhere\n"
 
 
 @pytest.mark.parametrize("command", ["run", "mount", "doctor", "conformance", "trace", "stat", "vms", "version", "fault",

@@ -109,7 +109,7 @@ def test_read_modify_write(insn, size, rax, stored, offset):
 
 UNKNOWN = [      # to Linux's emulator
     ("movq xmm0,[rbx]", 0), ("movd xmm0,[rbx]", 0), ("pinsrb xmm0,[rbx],0", 0), ("popcnt eax,[rbx]", 0),
-    ("cvtsi2sd xmm0,dword ptr [rbx]", 0), ("andn eax,eax,[rbx]", 0), ("fld dword ptr [rbx]", 0), ("paddd xmm0,[rbx]", 0),
+    ("cvtsi2sd xmm0,dword ptr [rbx]", 0), ("fld dword ptr [rbx]", 0), ("paddd xmm0,[rbx]", 0),
     ("ldmxcsr [rbx]", 0), ("crc32 eax,byte ptr [rbx]", 0),
     ("movq [rbx],xmm0", 1), ("movss [rbx],xmm0", 1), ("movlpd [rbx],xmm0", 1), ("pextrb [rbx],xmm0,1", 1),
     ("fist word ptr [rbx]", 1),

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import click
 
@@ -64,7 +66,23 @@ _PASSTHROUGH = click.option("--passthrough", type=click.Choice(["auto", "on", "o
                                  "exit; auto: share it where that works, on: fail where it does not.")
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]},
+class _Kvmfs(click.Group):
+    """Output that cannot be written (a full disk) is an error like others, not a traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            result = super().invoke(ctx)
+            sys.stdout.flush()
+            return result
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO) or error.filename is not None:
+                raise
+            with contextlib.suppress(OSError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())     # what is buffered fails at exit else
+            raise click.ClickException(f"the output cannot be written: {error.strerror}; make room, or write elsewhere") from None
+
+
+@click.group(cls=_Kvmfs, context_settings={"help_option_names": ["-h", "--help"]},
              epilog="'kvmfs COMMAND --help' explains each. Start with: kvmfs run -- PROGRAM")
 def main() -> None:
     """A /dev/kvm that needs no hardware.
