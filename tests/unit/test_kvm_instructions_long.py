@@ -58,8 +58,7 @@ FINE = {                                        # → rax
     "xadd": (f"mov qword ptr [{DATA}], 3; mov rax, 1 << 40; lock xadd [{DATA}], rax", 3),
     "far jump": (f"push {CODE64}; push offset past; retfq; hlt; past: mov eax, 6", 6),
     "crc32": ("xor eax, eax; mov rbx, 1; crc32 rax, rbx", 0x493C7D27), "popcnt": ("mov rbx, -1; popcnt rax, rbx", 64),
-    "pdep": ("mov ebx, 3; mov rcx, 0x1000000000000001; pdep rax, rbx, rcx", 0x1000000000000001),
-    "mulx": ("mov rdx, -1; mov rcx, 2; mulx rax, rbx, rcx", 1), "adcx": ("mov rax, 1; mov rbx, 2; stc; adcx rax, rbx", 4),
+    "adcx": ("mov rax, 1; mov rbx, 2; stc; adcx rax, rbx", 4),
     "fxsave": (f"fxsave64 [{DATA}]; fxrstor64 [{DATA}]; mov eax, [{DATA + 24}]", 0x1F80),
     "mov cr8": ("mov eax, 5; mov cr8, rax; xor eax, eax; mov rax, cr8", 5),
     "compatibility mode": (f"push {USERDATA | 3}; push {USER_STACK}; push 2; push {USER32 | 3}; push offset user; iretq\n"
