@@ -50,6 +50,7 @@ static Region *region_at(Engine *e, u64 gpa);
 #include "undefined.h"
 #include "interpose.h"
 #include "pcmpstr.h"
+#include "locked.h"
 
 _Noreturn static void bail(Engine *e) {
     p_emu_stop(e->uc);

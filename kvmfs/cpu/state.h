@@ -23,11 +23,16 @@ int nv_prepare(const char *path) {
         {"update_fp_status_x86_64", &p_fpuc}, {"qemu_ram_addr_from_host_x86_64", &p_ram_addr},
         {"cpu_restore_state_x86_64", &p_restore}, {"cpu_breakpoint_insert_x86_64", &p_bp_insert},
         {"cpu_breakpoint_remove_by_ref_x86_64", &p_bp_remove}, {"helper_check_exit_request_x86_64", &p_check_exit},
-        {"translator_loop_x86_64", &p_translator_loop},
+        {"translator_loop_x86_64", &p_translator_loop}, {"tcg_gen_atomic_cmpxchg_i64_x86_64", &p_cmpxchg},
+#define SYMBOL(name) {"tcg_gen_atomic_" #name "_i64_x86_64", &p_##name},
+        ATOMICS(SYMBOL)
     };
     struct { const char *name; void *ours; } replaced[] = {
         {"translator_loop_x86_64", our_translator_loop},
         {"helper_pcmpestri_xmm_x86_64", our_pcmpestri}, {"helper_pcmpestrm_xmm_x86_64", our_pcmpestrm},
+        {"tcg_gen_atomic_cmpxchg_i64_x86_64", our_cmpxchg}, {"cpu_loop_exit_atomic_x86_64", our_exit_atomic},
+#define REPLACEMENT(name) {"tcg_gen_atomic_" #name "_i64_x86_64", our_##name},
+        ATOMICS(REPLACEMENT)
         {"helper_pcmpistri_xmm_x86_64", our_pcmpistri}, {"helper_pcmpistrm_xmm_x86_64", our_pcmpistrm},
     };
     if (loaded) return 0;
