@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import errno
 import socket
-import struct
 import threading
 import time
 
@@ -14,11 +13,12 @@ import pytest
 
 from kvmfs.fuse import protocol
 from kvmfs.fuse.channel import Channel
+from tests.unit.fuse_wire import KernelSide
 
 BLOCK, SHORT, WAKE = 0xAE80, 0xAE00, 0xAE02
 
 
-class Kernel:
+class Kernel(KernelSide):
     """The other side of /dev/fuse."""
 
     def __init__(self):
@@ -51,18 +51,6 @@ class Kernel:
         if req.context is not None:
             req.context.set()
 
-    def send_ioctl(self, unique, cmd):
-        body = struct.pack("<QIIQII", 1, 0, cmd, 0, 0, 0)
-        self.ours.send(protocol.IN_HEADER.pack(40 + len(body), protocol.FUSE_IOCTL, unique, 2, 0, 0, 1, 0, 0) + body)
-
-    def send_interrupt(self, unique):
-        header = protocol.IN_HEADER.pack(48, protocol.FUSE_INTERRUPT, unique | 1, 0, 0, 0, 0, 0, 0)
-        self.ours.send(header + struct.pack("<Q", unique))
-
-    def reply(self):
-        (_length, error, unique, result, _flags, _in, _out) = protocol.IOCTL_REPLY.unpack_from(self.ours.recv(4096))
-        assert error == 0
-        return unique, result
 
 
 @pytest.fixture

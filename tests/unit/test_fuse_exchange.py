@@ -14,8 +14,8 @@ import time
 import pytest
 
 from kvmfs.fuse import exchange as module
-from kvmfs.fuse import protocol
 from kvmfs.fuse.channel import Channel, Shortcut
+from tests.unit.fuse_wire import KernelSide
 
 NOT_MINE, ANSWERED, BEGUN = range(3)
 SERVE = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint32, ctypes.c_uint64,
@@ -59,7 +59,7 @@ def test_a_refused_answer_reads_nothing(exchange_class):
         os.close(writer)
 
 
-class Kernel:
+class Kernel(KernelSide):
     """The other side of /dev/fuse, and a shortcut for QUICK (42), BEGIN and WAIT (until it is interrupted, or told so)."""
 
     def __init__(self):
@@ -103,21 +103,8 @@ class Kernel:
         self.seen.append(("go_on", req.cmd))
         return -errno.EINTR if req.interrupted else 2
 
-    def send(self, unique, cmd):
-        body = struct.pack("<QIIQII", 1, 0, cmd, 0, 0, 0)
-        self.ours.send(protocol.IN_HEADER.pack(40 + len(body), protocol.FUSE_IOCTL, unique, 2, 0, 0, 7, 0, 0) + body)
-
-    def interrupt(self, unique):
-        header = protocol.IN_HEADER.pack(48, protocol.FUSE_INTERRUPT, unique | 1, 0, 0, 0, 0, 0, 0)
-        self.ours.send(header + struct.pack("<Q", unique))
-
-    def reply(self):
-        (_length, error, unique, result, _flags, _in, _out) = protocol.IOCTL_REPLY.unpack_from(self.ours.recv(4096))
-        assert error == 0
-        return unique, result
-
     def call(self, unique, cmd):
-        self.send(unique, cmd)
+        self.send_ioctl(unique, cmd)
         answered, result = self.reply()
         assert answered == unique
         return result
@@ -138,11 +125,11 @@ def test_somebody_reads_while_the_shortcut_takes_long():
     kernel = Kernel()
     for unique in range(4, 200, 2):
         kernel.call(unique, QUICK)          # the second reader is parked by now
-    kernel.send(1000, WAIT)
+    kernel.send_ioctl(1000, WAIT)
     quick = kernel.inside.wait(1)
     assert kernel.call(1002, OTHER) == 1
     assert not quick or kernel.call(1004, QUICK) == 1   # not by the shortcut: nobody else would read
-    kernel.interrupt(1000)
+    kernel.send_interrupt(1000)
     assert kernel.reply() == (1000, -errno.EINTR)
 
 
@@ -150,8 +137,8 @@ def test_an_interrupt_may_be_read_first():
     kernel = Kernel()
     for unique in range(1000, 1200, 2):
         kernel.interrupted.clear()
-        kernel.interrupt(unique)
-        kernel.send(unique, WAIT)
+        kernel.send_interrupt(unique)
+        kernel.send_ioctl(unique, WAIT)
         assert kernel.reply() == (unique, -errno.EINTR)
 
 
@@ -159,6 +146,6 @@ def test_an_interrupt_may_come_later():
     kernel = Kernel()
     for unique in range(1000, 1200, 2):
         kernel.interrupted.clear()
-        kernel.send(unique, WAIT)
-        kernel.interrupt(unique)
+        kernel.send_ioctl(unique, WAIT)
+        kernel.send_interrupt(unique)
         assert kernel.reply() == (unique, -errno.EINTR)
