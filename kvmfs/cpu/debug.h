@@ -70,7 +70,7 @@ static void watch(Engine *e, Vcpu *v, u64 va, u64 size, int access, u64 ra) {
         v->hits |= hits;
         p_emu_stop(e->uc);
     } else {
-        p_restore(e->cpu, ra, true);
+        p_restore_state(e->cpu, ra, true);
         leave(v, EXIT_ALONE);
     }
 }

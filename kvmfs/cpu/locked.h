@@ -34,6 +34,18 @@ static void our_cmpxchg(char *tcg, u64 ret, u64 addr, u64 compare, u64 value, u6
     end_parallel(tcg, before);
 }
 
+// Each of them looks at that bit there: testb $CF_PARALLEL >> 16,TCG_TB_CFLAGS + 2(%rdi), near its begin.
+static bool atomics_are_known(void) {
+    const u8 test[] = {0xf6, 0x47, TCG_TB_CFLAGS + 2, CF_PARALLEL >> 16};
+    void *const functions[] = {p_cmpxchg,
+#define FUNCTION(name) p_##name,
+        ATOMICS(FUNCTION)
+    };
+    for (size_t i = 0; i < sizeof functions / sizeof *functions; i++)
+        if (!memmem(functions[i], 64, test, sizeof test)) return false;
+    return true;
+}
+
 // In the place of cpu_loop_exit_atomic(): the instruction has done nothing yet.
 _Noreturn static void our_exit_atomic(void *cs, u64 ra) {
     p_restore_state(cs, ra, true);

@@ -26,7 +26,6 @@ static void (*p_check_io[3])(void *, u32), (*p_tlb_flush)(void *), (*p_tlb_flush
 static void (*p_tb_invalidate)(void *, u64, u64), (*p_mxcsr)(void *), (*p_fpuc)(void *);
 static u64 (*p_ram_addr)(void *, void *);
 static bool (*p_restore_state)(void *, u64, bool);
-static bool (*p_restore)(void *, u64, bool);
 static void (*p_check_exit)(void *, u32);
 static int (*p_bp_insert)(void *, u64, int, void **);
 static void (*p_bp_remove)(void *, void *);

@@ -21,8 +21,7 @@ int nv_prepare(const char *path) {
         {"tlb_flush_x86_64", &p_tlb_flush}, {"tlb_flush_page_x86_64", &p_tlb_flush_page}, {"tb_flush_x86_64", &p_tb_flush},
         {"tb_invalidate_phys_range_x86_64", &p_tb_invalidate}, {"update_mxcsr_status_x86_64", &p_mxcsr},
         {"update_fp_status_x86_64", &p_fpuc}, {"qemu_ram_addr_from_host_x86_64", &p_ram_addr},
-        {"cpu_restore_state_x86_64", &p_restore}, {"cpu_breakpoint_insert_x86_64", &p_bp_insert},
-        {"cpu_breakpoint_remove_by_ref_x86_64", &p_bp_remove}, {"helper_check_exit_request_x86_64", &p_check_exit},
+        {"cpu_breakpoint_insert_x86_64", &p_bp_insert}, {"cpu_breakpoint_remove_by_ref_x86_64", &p_bp_remove}, {"helper_check_exit_request_x86_64", &p_check_exit},
         {"translator_loop_x86_64", &p_translator_loop}, {"tcg_gen_atomic_cmpxchg_i64_x86_64", &p_cmpxchg},
 #define SYMBOL(name) {"tcg_gen_atomic_" #name "_i64_x86_64", &p_##name},
         ATOMICS(SYMBOL)
@@ -39,6 +38,7 @@ int nv_prepare(const char *path) {
     if (!lib) return 1;
     for (size_t i = 0; i < sizeof sym / sizeof *sym; i++)
         if (!(*(void **)sym[i].to = dlsym(lib, sym[i].name))) return 1;
+    if (!atomics_are_known()) return 1;
     for (size_t i = 0; i < sizeof replaced / sizeof *replaced; i++)
         if (interpose(lib, replaced[i].name, replaced[i].ours) < 1) return 1;
     loaded = true;
