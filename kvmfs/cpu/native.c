@@ -16,7 +16,8 @@
 #include <time.h>
 #include "native.h"
 
-static __thread Vcpu *cur; // the vCPU this thread runs
+// The vCPU this thread runs. Its address is asked for at each access: no call for that.
+static __thread Vcpu *cur __attribute__((tls_model("initial-exec")));
 static Engine *engines[MAX_CPUS + 1];
 static int (*p_emu_start)(void *, u64, u64, u64, size_t), (*p_emu_stop)(void *);
 static int (*p_hook_add)(void *, size_t *, int, void *, void *, u64, u64, ...), (*p_hook_del)(void *, size_t);
@@ -50,6 +51,7 @@ static Region *region_at(Engine *e, u64 gpa);
 #include "interpose.h"
 #include "pcmpstr.h"
 #include "locked.h"
+#include "access.h"
 
 _Noreturn static void bail(Engine *e) {
     p_emu_stop(e->uc);

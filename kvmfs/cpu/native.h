@@ -66,6 +66,7 @@ enum { MAX_FETCHED = 8, MAX_COMPARED = 2 }; // pages that are dropped from the T
 #define GPA_END (1ull << 40)      // QEMU's physical addresses have 40 bits
 #define NOT_RAM (1ull << 45)      // in the TLB: the page has no memory, or only to read
 #define AUX_BASE (1ull << 46)     // the vCPUs' VMCBs: no page table entry reaches them
+enum { AUX_SIZE = 0x4000 };       // each: VMCB page, 8 KiB of MSR permission bitmap, the page with PDPTRS
 
 typedef struct Exit { // ctypes: cpu.ExitInfo
     int32_t kind;
@@ -162,6 +163,7 @@ typedef struct Engine {
     u8 *window;    // guest physical memory as one range of addresses
     Region *region; // by address
     int capacity, nregions, ncpus, nlogged;
+    int found;     // index of the region that was looked for last: only a guess, which is checked
     Walked walk[4];  // not looked at again yet
     int nwalk;
     u64 cr3;         // at the last walk

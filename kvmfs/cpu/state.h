@@ -25,6 +25,11 @@ int nv_prepare(const char *path) {
         {"translator_loop_x86_64", &p_translator_loop}, {"tcg_gen_atomic_cmpxchg_i64_x86_64", &p_cmpxchg},
 #define SYMBOL(name) {"tcg_gen_atomic_" #name "_i64_x86_64", &p_##name},
         ATOMICS(SYMBOL)
+        {"x86_ldl_phys_x86_64", &p_ldl_phys}, {"x86_ldq_phys_x86_64", &p_ldq_phys},
+        {"x86_stl_phys_x86_64", &p_stl_phys}, {"x86_stl_phys_notdirty_x86_64", &p_stl_phys_notdirty},
+#define LOAD_SYMBOL(name, type, result) {"cpu_ld" #name "_mmuidx_ra_x86_64", &p_ld##name},
+#define STORE_SYMBOL(name, type, argument) {"cpu_st" #name "_mmuidx_ra_x86_64", &p_st##name},
+        LOADS(LOAD_SYMBOL) STORES(STORE_SYMBOL)
     };
     struct { const char *name; void *ours; } replaced[] = {
         {"translator_loop_x86_64", our_translator_loop},
@@ -32,6 +37,11 @@ int nv_prepare(const char *path) {
         {"tcg_gen_atomic_cmpxchg_i64_x86_64", our_cmpxchg}, {"cpu_loop_exit_atomic_x86_64", our_exit_atomic},
 #define REPLACEMENT(name) {"tcg_gen_atomic_" #name "_i64_x86_64", our_##name},
         ATOMICS(REPLACEMENT)
+        {"x86_ldl_phys_x86_64", our_ldl_phys}, {"x86_ldq_phys_x86_64", our_ldq_phys},
+        {"x86_stl_phys_x86_64", our_stl_phys}, {"x86_stl_phys_notdirty_x86_64", our_stl_phys_notdirty},
+#define OUR_LOAD(name, type, result) {"cpu_ld" #name "_mmuidx_ra_x86_64", our_ld##name},
+#define OUR_STORE(name, type, argument) {"cpu_st" #name "_mmuidx_ra_x86_64", our_st##name},
+        LOADS(OUR_LOAD) STORES(OUR_STORE)
         {"helper_pcmpistri_xmm_x86_64", our_pcmpistri}, {"helper_pcmpistrm_xmm_x86_64", our_pcmpistrm},
     };
     if (loaded) return 0;
@@ -76,9 +86,6 @@ static int check_layout(Engine *e, const char *path) {
     }
     return 0;
 }
-
-// A vCPU's VMCB and MSR permission map: VMCB page, 8 KiB of bitmap.
-enum { AUX_SIZE = 0x4000 };
 
 // All guest memory is one region for Unicorn, whose regions cost a walk through all others and are at most 4096. Where no slot is,
 // it reads as zeroes: only Unicorn's page walk looks there.

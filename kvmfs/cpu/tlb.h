@@ -17,13 +17,14 @@
 static bool our_tlb_fill(void *cs, u64 va, int size, int access, int mmu, bool probe, u64 ra);
 
 static Region *region_at(Engine *e, u64 gpa) {
-    int lo = 0, hi = e->nregions;
+    int lo = 0, hi = e->nregions, mid = e->found;
+    if (mid < hi && gpa - e->region[mid].gpa < e->region[mid].size) return &e->region[mid];
     while (lo < hi) {
-        int mid = (lo + hi) / 2;
+        mid = (lo + hi) / 2;
         Region *r = &e->region[mid];
         if (gpa < r->gpa) hi = mid;
         else if (gpa - r->gpa >= r->size) lo = mid + 1;
-        else return r;
+        else return &e->region[e->found = mid];
     }
     return NULL;
 }
