@@ -47,6 +47,8 @@ static Kept *kept_of(Engine *e, u64 page, bool make) {
     if (!k) return NULL;
     k->page = page;
     k->valid = false;
+    k->low = 4096;
+    k->high = 0;
     *kept_slot(e->kept, e->kept_capacity, page) = k;
     e->nkept++;
     return k;
@@ -115,6 +117,9 @@ static void h_translated(void *uc, const UcTb *tb, const UcTb *before, void *use
         u64 pa = t ? t->paddr & ~(0xfffull | NOT_RAM) : GPA_END;
         const Region *r = pa < GPA_END ? region_at(e, pa) : NULL;
         Kept *k = r ? kept_of(e, pa >> 12, false) : NULL;
+        if (k && offset < k->low) k->low = offset;
+        if (k && offset + n > k->high) k->high = offset + n;
+        e->untracked |= !t || (r && !k);
         if (k && k->valid) {
             u8 *kept = (u8 *)k->bytes + offset;
             const u8 *host = r->host + (pa - r->gpa) + offset;
@@ -152,7 +157,10 @@ static bool same_code(Engine *e, u64 va) {
     }
     const Region *r = pa < GPA_END ? region_at(e, pa) : NULL;
     Kept *k = r ? kept_of(e, pa >> 12, false) : NULL;
-    if (!k || !k->valid || memcmp(k->bytes, r->host + (pa - r->gpa), sizeof k->bytes)) return false;
+    // Of the page's other bytes there is no translation, and h_translated looks at those that get one.
+    if (!k || !k->valid) return false;
+    u64 low = e->untracked ? 0 : k->low, high = e->untracked ? 4096 : k->high;
+    if (low < high && memcmp((u8 *)k->bytes + low, r->host + (pa - r->gpa) + low, high - low)) return false;
     k->generation = e->generation;
     return true;
 }

@@ -137,7 +137,8 @@ typedef struct Vcpu {
 // file, offset: what its memory is, file 0: nobody else's; shared: another region has some of the same memory
 typedef struct { u64 gpa, size; u8 *host; u64 readonly, alias; u64 *log, *touched, log_page, slot, file, offset, shared; } Region;
 typedef struct { u64 gpa, value; u32 size; } Walked; // a page table entry as it was before a walk
-typedef struct { u64 page, generation; bool valid; u64 bytes[4096 / 8]; } Kept; // a page of code, as it was translated
+// A page of code, as it was translated; low..high: where in it there are translations
+typedef struct { u64 page, generation; bool valid; uint16_t low, high; u64 bytes[4096 / 8]; } Kept;
 typedef struct { u64 r, w, x, paddr, addend, pad[3]; } TlbEntry;
 typedef struct { u64 mask; TlbEntry *table; } TlbFast;
 typedef struct { u32 selector, pad; u64 base; u32 limit, flags; } Seg;
@@ -153,6 +154,7 @@ typedef struct Engine {
     u8 *code;      // one bit for each guest page that was executed
     Kept **kept;   // by page, a hash table
     u64 kept_capacity, nkept, generation;
+    bool untracked; // there may be translations that no page's low and high show
     u64 fetched[MAX_FETCHED]; // linear addresses of pages of code that the TLB may have
     int nfetched;
     pthread_t looker;
