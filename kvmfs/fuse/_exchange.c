@@ -16,16 +16,26 @@
 #include <errno.h>
 #include <linux/fuse.h>
 #include <linux/futex.h>
+#include <linux/rseq.h>
 #include <stdatomic.h>
 #include <stdbool.h>
+#include <stddef.h>
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
 #include "shortcut.h"
 
-enum { SLOTS = 64, EARLY = 256, LOOK_EVERY = 64, PARK_NS = 500000 };
+enum { SLOTS = 64, EARLY = 256, PARK_NS = 500000 };
+// Python looks at every so many answers of the shortcut, earlier when the last PACE of them took long (cycles of the host's TSC): then
+// it may be because the client runs on another CPU.
+enum { LOOK_EVERY = 256, LOOK_SLOW = 64, PACE = 8, SLOW = PACE << 16 };
 enum { PARKED = 1, WANTED };
 enum { BEGUN = 1 << 30, LOOK = 1 << 29 }; // beside the length: exchange.py
+
+extern const ptrdiff_t __rseq_offset __attribute__((weak));
+extern const unsigned __rseq_size __attribute__((weak));
+enum { RSEQ_AREA = 32 }; // what glibc registers where the kernel does not ask for more
+#define RSEQ_SIG 0x53053053u
 
 typedef struct { _Atomic uint64_t unique; uint64_t nodeid; } Slot; // a request in the shortcut
 typedef struct {
@@ -35,6 +45,8 @@ typedef struct {
     atomic_int waiting, running; // threads in read(2); in the shortcut
     atomic_int parked;           // PARKED: a thread is; WANTED: and shall read
     atomic_uint got, answered;   // messages; of them, by the shortcut
+    unsigned slow;               // how often in a row PACE answers took long,
+    uint64_t paced;              // and since when the next ones are counted
     atomic_uint idle_since;      // `answered` when the last one that was parked went to read
     Slot slot[SLOTS];
     _Atomic uint64_t early[EARLY]; // interrupted requests, by their number
@@ -80,6 +92,25 @@ static int serve(Exchange *x, const struct ioctl_request *r, struct ioctl_reply 
     return verdict;
 }
 
+// The shortcut has answered one more. True: Python is to look at it.
+static bool to_be_looked_at(Exchange *x) {
+    unsigned answered = atomic_fetch_add_explicit(&x->answered, 1, memory_order_relaxed) + 1;
+    if (answered % PACE) return false;
+    uint64_t now = __builtin_ia32_rdtsc();
+    x->slow = now - x->paced > SLOW ? x->slow + 1 : 0; // whatever another thread does here, it is only a hint
+    x->paced = now;
+    return answered % LOOK_EVERY == 0 || x->slow % (LOOK_SLOW / PACE) == 1;
+}
+
+// rseq(2), which glibc has from 2.35 on, costs a thread something at each wake-up, and only sched_getcpu() would use it here.
+static void do_without_rseq(void) {
+    static __thread bool done;
+    if (done) return;
+    done = true;
+    if (&__rseq_offset && __rseq_size)
+        syscall(SYS_rseq, (char *)__builtin_thread_pointer() + __rseq_offset, RSEQ_AREA, RSEQ_FLAG_UNREGISTER, RSEQ_SIG);
+}
+
 static PyObject *exchange(Exchange *x, PyObject *const *args, Py_ssize_t count) {
     Py_buffer reply = {0}, buffer = {0};
     struct ioctl_reply own = {0};
@@ -100,26 +131,27 @@ static PyObject *exchange(Exchange *x, PyObject *const *args, Py_ssize_t count) 
         answer = reply.buf;
         size = reply.len;
     }
+    do_without_rseq();
     Py_BEGIN_ALLOW_THREADS
     for (;;) {
-        if (answer && write(x->fd, answer, size) < 0 && answer != &own) { // of the shortcut's answers only nobody waiting is refused
+        if (answer && syscall(SYS_write, x->fd, answer, size) < 0 && answer != &own) { // of the shortcut's answers only nobody waiting is refused
             error = errno;
             break;
         }
         bool parked = park(x);
         atomic_fetch_add(&x->waiting, 1);
         if (parked) atomic_store(&x->parked, 0);
-        do got = read(x->fd, buffer.buf, buffer.len);
+        do got = syscall(SYS_read, x->fd, buffer.buf, buffer.len); // read() would be a point where threads can be cancelled
         while (got < 0 && errno == EINTR);
         atomic_fetch_sub(&x->waiting, 1);
-        atomic_fetch_add(&x->got, 1);
+        atomic_fetch_add_explicit(&x->got, 1, memory_order_relaxed);
         if (got < (ssize_t)sizeof(struct ioctl_request)) break;
         int verdict = serve(x, buffer.buf, &own);
         if (verdict == SHORTCUT_BEGUN) got |= BEGUN;
         if (verdict != SHORTCUT_ANSWERED) break;
         answer = &own;
         size = sizeof own;
-        if (atomic_fetch_add(&x->answered, 1) % LOOK_EVERY == LOOK_EVERY - 1) {
+        if (to_be_looked_at(x)) {
             (void)!write(x->fd, answer, size);
             got |= LOOK;
             break;

@@ -7,7 +7,7 @@ import os
 from typing import Final
 
 BEGUN: Final = 1 << 30          # beside a message's length: the shortcut has begun it
-LOOK: Final = 1 << 29           # it was answered by the shortcut, as 63 before it; the buffer has it still
+LOOK: Final = 1 << 29           # the shortcut has answered it; the buffer has it still, for `Channel.watch`
 
 
 class PythonExchange:
