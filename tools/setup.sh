@@ -8,7 +8,7 @@ cd "$(dirname "$0")/.."
 VENV=.venv
 STAMP=$VENV/.setup-done
 PACKAGES="fuse3 libfuse3-dev pkg-config gcc libc6-dev make binutils python3 python3-venv python3-dev libseccomp2 strace util-linux procps"
-INPUTS="pyproject.toml setup.cfg tools/setup.sh tools/constraints.txt kvmfs/cpu"
+INPUTS="pyproject.toml setup.cfg tools/setup.sh tools/constraints.txt kvmfs/cpu kvmfs/fuse kvmfs/kvm daemon/kvmd"
 
 if [ -e "$STAMP" ] && [ -x "$VENV/bin/python" ] \
     && [ -z "$(find $INPUTS -newer "$STAMP" -type f ! -name '*.py' ! -name '*.pyc' ! -name '*.so' -print -quit)" ]; then

@@ -170,6 +170,7 @@ def _compiled(log: bool) -> bytes:
             continue                                  # a libseccomp that does not know this newer call
     rules.add_rule(pyseccomp.ALLOW, "open", arg(1, masked, _READ_ONLY, 0))
     rules.add_rule(pyseccomp.ALLOW, "openat", arg(2, masked, _READ_ONLY, 0))
+    rules.add_rule(pyseccomp.ALLOW, "sched_setscheduler", arg(1, pyseccomp.EQ, os.SCHED_IDLE))
     rules.add_rule(pyseccomp.ALLOW, "clone", arg(0, masked, CLONE_THREAD, CLONE_THREAD))
     # clone3 hides its flags behind a pointer: the C library falls back to clone.
     rules.add_rule(pyseccomp.ERRNO(errno.ENOSYS), "clone3")

@@ -17,8 +17,8 @@ from typing import Any
 import pyfuse3
 import trio
 
+from kvmd import affinity, sandbox
 from kvmd import link as _link
-from kvmd import sandbox
 from kvmd.affinity import Follower
 from kvmd.host import VM_FILE_MODE, RelayedRequest, WorkerHost
 from kvmd.link import Link, LinkError, Message
@@ -38,7 +38,7 @@ log = logging.getLogger("kvmd.worker")
 VM_FILE = "kvm-vm"
 ROUNDS = 12             # Python quickens what was called eight times
 MAX_IDLE = 2            # reader threads that stay when nothing is to be read
-# What spawn() passes, in this order.
+# What spawn() passes, in this order; the zygote adds "ordinary", its pipe for threads that yield, or -1.
 FDS = ("fuse", "requests", "control", "pidfd", "memory", "tasks", "maps")
 
 
@@ -48,6 +48,7 @@ def preload() -> None:
     for name in ("ascii", "idna", "latin-1"):
         codecs.lookup(name)
     fastpath.load()
+    affinity.load()
     for name in ("amd", "intel"):
         _warm_up(name)
     engine.make_ahead()             # loads the native parts, too, which a worker has no right to open
@@ -77,7 +78,7 @@ def _warm_up(vendor: str) -> None:
 def main(message: Message, fds: list[int]) -> None:
     """The worker's life.  ``message`` is the daemon's spawn request."""
     number = message.integer("number")
-    fuse, requests, control, pidfd, memory, tasks, maps = fds
+    fuse, requests, control, pidfd, memory, tasks, maps, ordinary = fds
     sandbox.set_name(f"kvm-vm:{number}")
     link = Link.from_fd(requests)
     try:
@@ -88,7 +89,7 @@ def main(message: Message, fds: list[int]) -> None:
                           passthrough=bool(message.integer("passthrough", 0, 1)),
                           uid=message.integer("owner_uid"), gid=message.integer("owner_gid"))
         worker = Worker(message.text("vendor", r"[a-z]+"), message.text("profile", r"[a-z0-9.-]+"), host, fuse,
-                        Link.from_fd(control), number)
+                        Link.from_fd(control), number, ordinary)
         worker.window.set_faults(message.texts("faults"))
     except OSError as error:
         link.send("failed", **_link.failure(error))
@@ -99,7 +100,8 @@ def main(message: Message, fds: list[int]) -> None:
 class Worker:
     """Puts the VM, its channel and its file system together."""
 
-    def __init__(self, vendor: str, profile: str, host: WorkerHost, fuse: int, control: Link, number: int) -> None:
+    def __init__(self, vendor: str, profile: str, host: WorkerHost, fuse: int, control: Link, number: int,
+                 ordinary: int = -1) -> None:
         self._host, self._control = host, control
         self.vm = Vm(vendors.load(vendor), host, profile)
         self.dispatcher = VmDispatcher(self.vm)
@@ -109,7 +111,7 @@ class Worker:
                                shortcut=Shortcut(self.vm.lanes.address, self.dispatcher.go_on))
         self.operations = NodeOperations(opened=self._opened, released=self._released, uid=host.uid, gid=host.gid)
         self.operations.add_node(VM_INODE, VM_FILE, mode=VM_FILE_MODE, uid=host.uid, gid=host.gid)
-        self.follower = Follower(self.channel, host.process.task_fd)
+        self.follower = Follower(self.channel, host.process.task_fd, ordinary)
         self.channel.watch = self.follower.watch
         host.connect(self.channel, self.operations, self._copies)
         self._open_files = 0

@@ -23,6 +23,7 @@ from typing import NoReturn
 import kvmfs
 from kvmd import sandbox
 from kvmd.link import Link, LinkError, Message
+from kvmd.ordinary import Yielders
 
 SPAWN_TIMEOUT = 10      # seconds for a fork; a machine out of memory may take long
 
@@ -107,6 +108,7 @@ class _Server:
     def __init__(self, requests: Link, reports: Link, worker_main: WorkerMain) -> None:
         self._requests, self._reports, self._worker_main = requests, reports, worker_main
         self._wake, self._woken = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._poll = select.poll()
 
     def run(self, daemon: int, preload: Callable[[], None]) -> NoReturn:
         # A ^C at the daemon's terminal is the daemon's.  No session of its own: the scheduler would part the workers from
@@ -126,14 +128,16 @@ class _Server:
         signal.set_wakeup_fd(self._woken, warn_on_full_buffer=False)
         if threading.active_count() != 1:
             raise RuntimeError("something that was preloaded started a thread")
+        self._yielders = Yielders(self._poll)
         gc.collect()
         gc.freeze()                     # what is here now is shared with all workers; do not touch it to count it
         self._requests.send("ready")
-        poll = select.poll()
-        poll.register(self._requests, select.POLLIN)
-        poll.register(self._wake, select.POLLIN)
+        self._poll.register(self._requests, select.POLLIN)
+        self._poll.register(self._wake, select.POLLIN)
         while True:
-            events = {fd for fd, _ in poll.poll()}
+            events = {fd for fd, _ in self._poll.poll(self._yielders.timeout())}
+            self._yielders.serve_late()
+            self._yielders.serve(events)
             if self._wake in events:
                 os.read(self._wake, 4096)
                 self._reap()
@@ -158,26 +162,34 @@ class _Server:
                 os._exit(0)
 
     def _spawn(self, message: Message) -> None:
+        ours, theirs = -1, -1
         try:
+            ours, theirs = self._yielders.pipe()
             pid = os.fork()
         except OSError as error:
             self._requests.send("failed", errno=error.errno)
+            for fd in (ours, theirs):
+                if fd >= 0:
+                    os.close(fd)
             return
         if pid == 0:
-            self._become_worker(message)
+            self._become_worker(message, theirs)
+        if theirs >= 0:
+            os.close(theirs)
+        self._yielders.add(ours, pid)
         pidfd = os.pidfd_open(pid)      # before it can have been reaped
         try:
             self._requests.send("spawned", [pidfd], pid=pid)
         finally:
             os.close(pidfd)
 
-    def _become_worker(self, message: Message) -> NoReturn:
+    def _become_worker(self, message: Message, ordinary: int) -> NoReturn:
         status = 1
         try:
             signal.set_wakeup_fd(-1)
             for number in (signal.SIGCHLD, signal.SIGTERM):
                 signal.signal(number, signal.SIG_DFL)
-            self._worker_main(message, message.take_fds())
+            self._worker_main(message, [*message.take_fds(), ordinary])
             status = 0
         except BaseException:
             traceback.print_exc()

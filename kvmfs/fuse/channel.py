@@ -278,6 +278,13 @@ class Channel:
                 with contextlib.suppress(ProcessLookupError):
                     os.sched_setaffinity(tid, self._cpus)
 
+    def make_idle(self) -> None:
+        """Give the threads that read requests the scheduling policy SCHED_IDLE; who they start has it, too."""
+        with self._lock:
+            for tid in self._readers.values():
+                with contextlib.suppress(ProcessLookupError):
+                    os.sched_setscheduler(tid, os.SCHED_IDLE, os.sched_param(0))
+
     def may_block(self) -> None:
         """The calling handler may take long: make sure that somebody else reads meanwhile.
 

@@ -3,13 +3,17 @@
 
 from __future__ import annotations
 
+import ctypes
+import hashlib
 import os
+import subprocess
 import threading
 import time
 
 import pytest
 
-from kvmd.affinity import MOVES, PERIOD, Follower
+from kvmd import affinity
+from kvmd.affinity import CONTENDED, LOOK_NS, MOVES, PERIOD, Follower
 from tests.unit.test_fuse_channel import BLOCK, WAKE, Kernel
 
 CPUS = sorted(os.sched_getaffinity(0))
@@ -45,17 +49,37 @@ class Readers:
     """What the follower sees of a channel."""
 
     def __init__(self):
-        self.cpus = set(CPUS)
+        self.cpus, self.idle, self._client = set(CPUS), False, Client()
+
+    def threads(self):
+        return [self._client.tid]       # a thread that sleeps
 
     def set_affinity(self, cpus):
         self.cpus = set(cpus)
 
+    def make_idle(self):
+        self.idle = True
+
 
 @pytest.fixture
-def follower():
-    tasks = os.open("/proc/self/task", os.O_RDONLY | os.O_DIRECTORY)
-    yield Follower(Readers(), tasks)
-    os.close(tasks)
+def tasks():
+    fd = os.open("/proc/self/task", os.O_RDONLY | os.O_DIRECTORY)
+    yield fd
+    os.close(fd)
+
+
+@pytest.fixture
+def follower(tasks):
+    return Follower(Readers(), tasks)
+
+
+@pytest.fixture
+def pipe():
+    """Where the zygote would be asked."""
+    reader, writer = os.pipe2(os.O_NONBLOCK)
+    yield reader, writer
+    os.close(reader)
+    os.close(writer)
 
 
 def wait_until(condition):
@@ -88,6 +112,76 @@ def test_a_client_that_runs_away_is_left_alone(follower, monkeypatch):
     time.sleep(0.3)
     follower.watch(client)
     assert len(follower._channel.cpus) == 1
+
+
+def test_the_readers_yield_to_a_client_that_runs_away(tasks, pipe):
+    follower, client = Follower(Readers(), tasks, pipe[1]), Client()
+    for i in range(4 * MOVES):
+        client.move(CPUS[i % 2])
+        follower.watch(client)
+        assert follower._channel.cpus == {CPUS[i % 2]}
+        assert follower._channel.idle == (i >= MOVES)
+    wait_until(lambda: follower._channel.cpus == set(CPUS))
+    assert os.read(pipe[0], 10) == b"\0"
+
+
+def test_others_want_the_cpu(tasks, pipe, monkeypatch):
+    """Then the readers are ordinary again, and the client is left alone for a while."""
+    monkeypatch.setattr(affinity, "load", lambda: None)
+    monkeypatch.setattr(Follower, "_watch_contention", lambda self, native: time.sleep(0.01) or CONTENDED)
+    follower, client = Follower(Readers(), tasks, pipe[1]), Client()
+    follower._may_yield = True
+    for i in range(MOVES + 1):
+        client.move(CPUS[i % 2])
+        follower.watch(client)
+    wait_until(lambda: follower._channel.cpus == set(CPUS))
+    assert os.read(pipe[0], 10) == b"\0"
+    follower.watch(client)
+    assert follower._channel.cpus == set(CPUS)
+
+
+class Computing(threading.Thread):
+    """A SCHED_IDLE thread on the last CPU, which does not hold Python's lock."""
+
+    def __init__(self):
+        super().__init__(daemon=True)
+        self.ended = False
+        self.start()
+        wait_until(lambda: self.native_id is not None and os.sched_getscheduler(self.native_id) == os.SCHED_IDLE)
+
+    def run(self):
+        os.sched_setaffinity(0, {CPUS[-1]})
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+        while not self.ended:
+            hashlib.pbkdf2_hmac("sha256", b"", b"", 300_000)
+
+
+def watch(tid, writer, rounds):
+    return affinity.load().yd_watch((ctypes.c_int * 1)(tid), 1, -1, writer, ctypes.c_long(LOOK_NS), rounds)
+
+
+def test_contention_is_seen(pipe):
+    # More than one, as the scheduler could take a single one elsewhere; each is ordinary.
+    hogs = [subprocess.Popen(["taskset", "-c", str(CPUS[-1]), "sh", "-c", "while :; do :; done"]) for _ in range(2)]
+    computing = Computing()
+    try:
+        assert watch(computing.native_id, pipe[1], 1000) == CONTENDED
+        assert os.read(pipe[0], 10) == b"\0"
+    finally:
+        for hog in hogs:
+            hog.kill()
+            hog.wait()
+        computing.ended = True
+
+
+def test_a_thread_that_sleeps_wants_no_cpu(pipe):
+    done = threading.Event()
+    thread = threading.Thread(target=done.wait, daemon=True)
+    thread.start()
+    assert watch(thread.native_id, pipe[1], 5) in (0, -1)       # -1: it has never run for a whole nanosecond
+    with pytest.raises(BlockingIOError):
+        os.read(pipe[0], 1)
+    done.set()
 
 
 def test_several_vcpus_are_free(follower):

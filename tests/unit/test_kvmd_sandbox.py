@@ -77,7 +77,8 @@ def test_what_a_worker_needs_works():
     lambda: os.unlink("/tmp/nothing"),
     lambda: os.mkdir("/tmp/kvmfs-escape"),
     lambda: os.chroot("/"),
-], ids=["create", "write", "inet", "unix", "fork", "exec", "kill", "setuid", "unlink", "mkdir", "chroot"])
+    lambda: os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1)),
+], ids=["create", "write", "inet", "unix", "fork", "exec", "kill", "setuid", "unlink", "mkdir", "chroot", "realtime"])
 def test_what_reaches_others_is_refused(attempt):
     def body():
         try:
