@@ -14,7 +14,6 @@ import threading
 from types import SimpleNamespace
 from typing import Any
 
-import pyfuse3
 import trio
 
 from kvmd import affinity, sandbox
@@ -64,13 +63,11 @@ def _warm_up(vendor: str) -> None:
     client: Any = SimpleNamespace(tid=0, task_fd=-1, memory=None, owns=lambda tid: False)
     one, other = Link.pair()
     for _ in range(ROUNDS):
-        trio.run(trio.lowlevel.checkpoint)
         host = WorkerHost(one, client, fuse=-1, maps=-1, device=0, passthrough=True, uid=0, gid=0)
         worker = Worker(vendor, DEFAULT, host, -1, other, 0)
         worker.vm.online_vcpu(worker.vm.create_vcpu(0))
         worker.dispatcher.tap(())
         worker.vm.destroy()
-        worker.channel.close()
     one.close()
     other.close()
 
@@ -114,14 +111,14 @@ class Worker:
         self.follower = Follower(self.channel, host.process.task_fd, ordinary)
         self.channel.watch = self.follower.watch
         host.connect(self.channel, self.operations, self._copies)
-        self._open_files = 0
+        self._open_files, self._files_lock = 0, threading.Lock()
 
     def run(self, link: Link) -> None:
         """Serve until the VM ends."""
         threading.Thread(target=self._serve_control, name="control", daemon=True).start()
         link.send("ready")
         try:
-            self.channel.run(self.operations)
+            self.channel.run(self.operations, late=True)
         finally:
             # The other threads are in the kernel or in the guest; nothing of them is left to be done.
             os._exit(0)
@@ -132,24 +129,18 @@ class Worker:
 
     # ---- end of life --------------------------------------------------------------------------------
 
-    def _opened(self, inode: int, context: object) -> None:
-        self._open_files += 1
+    def _opened(self, inode: int) -> None:
+        with self._files_lock:
+            self._open_files += 1
 
     def _released(self, inode: int) -> None:
-        self._open_files -= 1
         if inode == DEVICE_INODE:
             self.vm.vfio.release()
-        if self._open_files == 0:
+        with self._files_lock:
+            self._open_files -= 1
+            last = self._open_files == 0
+        if last:
             os._exit(0)                 # nobody can ask for anything any more, and what there is goes with the process
-
-    def _stop(self) -> None:
-        token = pyfuse3.trio_token
-        if token is None:
-            os._exit(0)                 # the loop has not begun, or is over
-        try:
-            trio.from_thread.run_sync(pyfuse3.terminate, trio_token=token)
-        except trio.RunFinishedError:
-            pass
 
     # ---- the daemon's wishes ------------------------------------------------------------------------
 
@@ -187,7 +178,7 @@ class Worker:
                 self.follower.cpu_offline(cpu)
                 self._leave_cpu(cpu)
             case "stop":
-                self._stop()
+                os._exit(0)
             case "ioctl":
                 return self._relayed(message)
             case "ping":

@@ -2,8 +2,9 @@
 """The channel: this process's end of a FUSE connection.
 
 pyfuse3 has no ioctl and no interrupt handler, and no handler of its own would be as fast as a KVM_RUN needs
-it. So the channel owns /dev/fuse. It answers FUSE_IOCTL and FUSE_INTERRUPT itself and passes everything else
-on to stock pyfuse3, which is given one end of a socketpair as the "mount point" /dev/fd/N and never knows.
+it. So the channel owns /dev/fuse. It answers FUSE_IOCTL and FUSE_INTERRUPT itself and leaves everything else
+to its session: stock pyfuse3, which is given one end of a socketpair as the "mount point" /dev/fd/N and never
+knows.
 
 Why it is as it is (figures: one core, Linux 6.18, CPython 3.11):
 
@@ -21,8 +22,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
+import mmap
 import os
-import socket
 import struct
 import threading
 from collections import OrderedDict
@@ -30,26 +31,20 @@ from collections.abc import Callable, Iterable
 from threading import get_ident
 from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
 
-import pyfuse3
-import trio
-
-from . import protocol
 from .exchange import BEGUN, LOOK, Exchange
 from .protocol import (
     BUFFER_SIZE,
-    FUSE_INIT,
     FUSE_INTERRUPT,
     FUSE_IOCTL,
-    FUSE_OPEN,
     IN_HEADER,
     INTERRUPT_IN,
     IOCTL_REPLY,
     IOCTL_REQUEST,
-    OUT_HEADER,
 )
+from .session import Session, message_buffer
 
 if TYPE_CHECKING:
-    from trio.lowlevel import TrioToken
+    from .operations import NodeOperations
 
 _log = logging.getLogger(__name__)
 
@@ -62,8 +57,6 @@ _IOCTL_REPLY_SIZE: Final = IOCTL_REPLY.size
 # that were answered meanwhile are never asked for and fall out here.
 _MAX_EARLY: Final = 1024
 _WATCH_EVERY: Final = 64
-# The largest message that pyfuse3 sends: a READ or READDIR reply of MAX_WRITE bytes with its header.
-_MAX_REPLY: Final = 4 * BUFFER_SIZE
 
 
 class Request:
@@ -162,22 +155,17 @@ class Channel:
         self.watch = watch
         self.on_end = on_end
         self.inflight: dict[int, Request] = {}
-        self.passthrough = False
-        self.ready = threading.Event()  # INIT was answered: backing files can be registered, `passthrough` is known
         self.ended = threading.Event()
         self._fd = fuse_fd
         self._ioctl = ioctl
+        self._session = Session(fuse_fd, passthrough)
         self._exchange = Exchange(fuse_fd)
         self._go_on = ioctl
         if shortcut is not None:
             self._go_on = shortcut.go_on
             self._exchange.set_shortcut(shortcut.address)
         self._interrupt = interrupt
-        self._want_passthrough = passthrough
         self._early: OrderedDict[int, bool] = OrderedDict()
-        self._backing: dict[int, int] = {}
-        self._opening: dict[int, int] = {}  # unique of an OPEN on its way through pyfuse3 -> nodeid
-        self._init_unique: int | None = None
         self._reported: set[tuple[int, str, int]] = set()
         self._lock = threading.Lock()
         self._readers: dict[int, int] = {}  # thread ident -> native thread id
@@ -185,47 +173,37 @@ class Channel:
         self._cpus: frozenset[int] = frozenset()  # where readers may run; empty: as the process
         self._blocked: set[int] = set()  # idents of readers that are in a handler which may block
         self._end_seen = False
-        self._trio_token: TrioToken | None = None
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._ours = ours
-        # Detached: libfuse closes it with its session.
-        self._theirs_fd = theirs.detach()
 
     # --- life -----------------------------------------------------------------------------------------------
 
     @property
+    def ready(self) -> threading.Event:
+        """Set when INIT was answered: backing files can be registered, and `passthrough` is known."""
+        return self._session.ready
+
+    @property
+    def passthrough(self) -> bool:
+        """Does the kernel do passthrough?"""
+        return self._session.passthrough
+
+    @property
     def pyfuse3_path(self) -> str:
         """What to give to pyfuse3.init as the mount point."""
-        return f"/dev/fd/{self._theirs_fd}"
+        return self._session.pyfuse3_path
 
     def start(self) -> None:
         """Begin to read requests. pyfuse3 must be initialised on `pyfuse3_path` by now or soon: INIT waits
         for it."""
+        self._session.start()
         self._start_reader()
-        threading.Thread(target=self._pass_replies, name="kvmfs-replies", daemon=True).start()
 
-    def run(self, operations: pyfuse3.Operations) -> None:
+    def run(self, operations: NodeOperations, *, late: bool = False) -> None:
         """Serve *operations* in the calling (main) thread until the connection ends. Includes `start`.
 
-        pyfuse3 has one session per process, so only one channel of a process can be run at a time.
+        pyfuse3 has one session per process, so only one channel of a process can be run at a time. With *late* it is
+        begun only when something is asked that `Opens` does not answer; operations are NodeOperations' own then.
         """
-        pyfuse3.init(operations, self.pyfuse3_path, set(pyfuse3.default_options))
-        try:
-            self.start()
-            trio.run(self._main)
-        finally:
-            pyfuse3.close(unmount=False)
-
-    def close(self) -> None:
-        """Of one that was never started."""
-        self._ours.close()
-        os.close(self._theirs_fd)
-
-    async def _main(self) -> None:
-        self._trio_token = trio.lowlevel.current_trio_token()
-        # _end sets _end_seen before it looks for the token, so one of the two sees the other.
-        if not self._end_seen:
-            await pyfuse3.main()
+        self._session.run(operations, self._start_reader, late=late)
 
     def _end(self) -> None:
         with self._lock:
@@ -241,12 +219,7 @@ class Channel:
                 self.on_end()
             except Exception:
                 _log.exception("on_end of the FUSE channel failed")
-        # The socketpair stays open: libfuse takes a closed one for an error, and pyfuse3.main() raises.
-        if self._trio_token is not None:
-            try:
-                trio.from_thread.run_sync(pyfuse3.terminate, trio_token=self._trio_token)
-            except trio.RunFinishedError:
-                pass
+        self._session.end()
 
     # --- passthrough ----------------------------------------------------------------------------------------
 
@@ -256,10 +229,7 @@ class Channel:
 
         All opens of an inode that overlap must have the same backing: the kernel answers EIO to others.
         """
-        if backing_id is None:
-            self._backing.pop(nodeid, None)
-        else:
-            self._backing[nodeid] = backing_id
+        self._session.set_backing(nodeid, backing_id)
 
     # --- threads --------------------------------------------------------------------------------------------
 
@@ -350,7 +320,7 @@ class Channel:
         request_class, operation, header_size = Request, FUSE_IOCTL, IOCTL_REQUEST.size
         reply_size, eio = _IOCTL_REPLY_SIZE, errno.EIO
         no_data = _NO_DATA
-        buffer = bytearray(BUFFER_SIZE)
+        buffer = message_buffer(BUFFER_SIZE)
         view = memoryview(buffer)
         plain, begun = handle, self._go_on
         outcome: Outcome
@@ -437,7 +407,7 @@ class Channel:
                 if self.watch is not None:
                     self.watch(request)
 
-    def _look(self, buffer: bytearray) -> None:
+    def _look(self, buffer: mmap.mmap) -> None:
         """The shortcut has answered this request."""
         if self.watch is None:
             return
@@ -490,21 +460,7 @@ class Channel:
         if opcode == FUSE_INTERRUPT:
             self._interrupted(INTERRUPT_IN.unpack_from(message, IN_HEADER.size)[0])
             return
-        if opcode == FUSE_OPEN:
-            self._opening[unique] = nodeid
-        elif opcode == FUSE_INIT:
-            self._init_unique = unique
-            self.passthrough = self._want_passthrough and protocol.init_offers_passthrough(message)
-        try:
-            self._ours.send(message)
-        except OSError:
-            if not self._end_seen:
-                _log.warning("pyfuse3 is gone; FUSE operation %d is refused", opcode)
-            # FORGET and the like have no reply; the kernel answers ENOENT to one and nothing is lost.
-            try:
-                os.write(self._fd, OUT_HEADER.pack(OUT_HEADER.size, -errno.EIO, unique))
-            except OSError:
-                pass
+        self._session.serve(opcode, unique, nodeid, message)
 
     def _interrupted(self, unique: int) -> None:
         inflight, early = self.inflight, self._early
@@ -530,38 +486,3 @@ class Channel:
                 self._interrupt(request)
             except Exception as error:
                 self._report(request, error)
-
-    def _pass_replies(self) -> None:
-        """Thread: what pyfuse3 answers goes to the kernel, INIT and OPEN amended."""
-        buffer = bytearray(_MAX_REPLY)
-        view = memoryview(buffer)
-        while True:
-            try:
-                length = self._ours.recv_into(buffer)
-            except OSError:
-                return
-            if not length:
-                return
-            message: memoryview | bytes = view[:length]
-            (_len, error, unique) = OUT_HEADER.unpack_from(message)
-            initial = False
-            if unique == 0:
-                pass  # a notification of pyfuse3's, not a reply
-            elif unique == self._init_unique:
-                self._init_unique = None
-                initial = error == 0
-                if initial:
-                    message = protocol.amend_init_reply(message, passthrough=self.passthrough)
-            else:
-                nodeid = self._opening.pop(unique, None)
-                if nodeid is not None and error == 0:
-                    backing_id = self._backing.get(nodeid)
-                    if backing_id is not None:
-                        message = protocol.amend_open_reply(message, backing_id)
-            try:
-                os.write(self._fd, message)
-            except OSError as failure:
-                if failure.errno not in (errno.ENOENT, errno.ENODEV):
-                    _log.error("the kernel did not take a reply of pyfuse3's: %s", failure)
-            if initial:
-                self.ready.set()

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 from typing import Final
 
@@ -18,7 +19,7 @@ class PythonExchange:
     def __init__(self, fd: int, /) -> None:
         self._fd = fd
 
-    def exchange(self, reply: bytes | None, buffer: bytearray, /) -> int:
+    def exchange(self, reply: bytes | None, buffer: bytearray | mmap.mmap, /) -> int:
         """Write an answer, if there is one, and read the next message; its length.  OSError: nothing can be read.
 
         Negative: the answer was refused with that -errno, and nothing was read.  The length may have BEGUN or LOOK beside it.

@@ -12,6 +12,7 @@ that function returns just then.
 from __future__ import annotations
 
 import errno
+import itertools
 import stat
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ from .protocol import PAGE_SIZE
 
 # Names come and go (remove_node), so the kernel asks for each; sizes and modes change only through us.
 _ENTRY_TIMEOUT: Final = 0
-_ATTR_TIMEOUT: Final = 3600
+ATTR_TIMEOUT: Final = 3600
 _NAME_MAX: Final = 255
 
 ROOT: Final = int(pyfuse3.ROOT_INODE)
@@ -60,16 +61,18 @@ class Node:
 class NodeOperations(pyfuse3.Operations):
     """The inode table and pyfuse3's view of it.
 
-    opened(inode, ctx)  called for every open(2) that is about to succeed, with pyfuse3's RequestContext (pid,
-                        uid, gid); an OSError becomes the client's errno. Must not block
-    released(inode)     called when the last descriptor of one open(2) was closed
+    opened(inode)    called for every open(2) that is about to succeed; an OSError becomes the client's errno.
+                     Must not block
+    released(inode)  called when the last descriptor of one open(2) was closed
+
+    Two threads may be in either at a time (`Channel.run`, *late*).
     """
 
     supports_dot_lookup = True
     enable_writeback_cache = False  # passthrough and writeback exclude each other in the kernel
 
     def __init__(
-        self, *, opened: Callable[[int, RequestContext], None] | None = None,
+        self, *, opened: Callable[[int], None] | None = None,
         released: Callable[[int], None] | None = None, root_mode: int = 0o555, uid: int = 0, gid: int = 0,
     ) -> None:
         super().__init__()
@@ -78,7 +81,7 @@ class NodeOperations(pyfuse3.Operations):
         self._nodes: dict[int, Node] = {ROOT: Node(ROOT, "", stat.S_IFDIR | root_mode, uid, gid, 0, None)}
         self._names: dict[bytes, Node] = {}
         self._files: dict[int, Node] = {}
-        self._next_fh = 1
+        self._handles = itertools.count(1)
 
     # --- the table; any thread ------------------------------------------------------------------------------
 
@@ -108,9 +111,7 @@ class NodeOperations(pyfuse3.Operations):
 
     def open_other(self) -> FileInfo:
         """A file handle for a file that a subclass has by itself, and reads."""
-        fh = self._next_fh
-        self._next_fh += 1
-        return FileInfo(fh=FileHandleT(fh), direct_io=True)
+        return FileInfo(fh=FileHandleT(next(self._handles)), direct_io=True)
 
     def remove_node(self, inode: int) -> None:
         """Take the file out of the directory. Files that are open stay usable. KeyError: there is none."""
@@ -124,7 +125,8 @@ class NodeOperations(pyfuse3.Operations):
         """Is there a file of that inode in the directory?"""
         return inode in self._nodes
 
-    def _node(self, inode: int) -> Node:
+    def node(self, inode: int) -> Node:
+        """That inode, also when it has no name any more.  FUSEError: there is none."""
         node = self._nodes.get(inode)
         if node is None:
             # An open file keeps its inode after remove_node.
@@ -133,13 +135,40 @@ class NodeOperations(pyfuse3.Operations):
             raise FUSEError(errno.ENOENT)
         return node
 
+    def find(self, parent: int, name: bytes) -> Node:
+        """The file of that name.  FUSEError: there is none."""
+        if name in (b".", b".."):
+            return self.node(ROOT)
+        node = self._names.get(name) if parent == ROOT else None
+        if node is None:
+            raise FUSEError(errno.ENOENT)
+        return node
+
+    def open_node(self, inode: int) -> tuple[int, bool]:
+        """Open a file; its handle, and whether it is read through the page cache.  FUSEError."""
+        node = self.node(inode)
+        if self._opened is not None:
+            try:
+                self._opened(node.inode)
+            except OSError as error:
+                raise FUSEError(error.errno or errno.EIO) from None
+        fh = next(self._handles)
+        self._files[fh] = node
+        return fh, node.data is not None
+
+    def release_file(self, fh: int) -> None:
+        """The last descriptor of that handle is closed."""
+        node = self._files.pop(fh, None)
+        if node is not None and self._released is not None:
+            self._released(node.inode)
+
     @staticmethod
     def _attributes(node: Node) -> EntryAttributes:
         entry = EntryAttributes()
         entry.st_ino = InodeT(node.inode)
         entry.generation = 0
         entry.entry_timeout = _ENTRY_TIMEOUT
-        entry.attr_timeout = _ATTR_TIMEOUT
+        entry.attr_timeout = ATTR_TIMEOUT
         entry.st_mode = ModeT(node.mode)
         entry.st_nlink = 2 if stat.S_ISDIR(node.mode) else 1
         entry.st_uid = node.uid
@@ -152,15 +181,10 @@ class NodeOperations(pyfuse3.Operations):
     # --- names and attributes -------------------------------------------------------------------------------
 
     async def lookup(self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext) -> EntryAttributes:
-        if name in (b".", b".."):
-            return self._attributes(self._node(ROOT))
-        node = self._names.get(name) if parent_inode == ROOT else None
-        if node is None:
-            raise FUSEError(errno.ENOENT)
-        return self._attributes(node)
+        return self._attributes(self.find(parent_inode, name))
 
     async def getattr(self, inode: InodeT, ctx: RequestContext) -> EntryAttributes:
-        return self._attributes(self._node(inode))
+        return self._attributes(self.node(inode))
 
     async def setattr(
         self, inode: InodeT, attr: EntryAttributes, fields: SetattrFields, fh: FileHandleT | None,
@@ -170,7 +194,7 @@ class NodeOperations(pyfuse3.Operations):
 
         A size is ignored: O_TRUNC means nothing to a device node. So are times.
         """
-        node = self._node(inode)
+        node = self.node(inode)
         if fields.update_mode:
             node.mode = stat.S_IFMT(node.mode) | stat.S_IMODE(attr.st_mode)
         if fields.update_uid:
@@ -210,24 +234,14 @@ class NodeOperations(pyfuse3.Operations):
     # --- files ----------------------------------------------------------------------------------------------
 
     async def open(self, inode: InodeT, flags: FlagT, ctx: RequestContext) -> FileInfo:
-        node = self._node(inode)
-        if self._opened is not None:
-            try:
-                self._opened(node.inode, ctx)
-            except OSError as error:
-                raise FUSEError(error.errno or errno.EIO) from None
-        fh = self._next_fh
-        self._next_fh += 1
-        self._files[fh] = node
-        if node.data is None:
+        fh, cached = self.open_node(inode)
+        if not cached:
             return FileInfo(fh=FileHandleT(fh), direct_io=True)
         # Without keep_cache every open would throw away the pages that others have mapped.
         return FileInfo(fh=FileHandleT(fh), keep_cache=True)
 
     async def release(self, fh: FileHandleT) -> None:
-        node = self._files.pop(fh, None)
-        if node is not None and self._released is not None:
-            self._released(node.inode)
+        self.release_file(fh)
 
     async def flush(self, fh: FileHandleT) -> None:
         raise FUSEError(errno.ENOSYS)  # the kernel then stops asking at every close(2)

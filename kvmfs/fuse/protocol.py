@@ -11,7 +11,9 @@ import struct
 from typing import Final
 
 # --- operations ---------------------------------------------------------------------------------------------
+FUSE_LOOKUP: Final = 1
 FUSE_FORGET: Final = 2
+FUSE_GETATTR: Final = 3
 FUSE_OPEN: Final = 14
 FUSE_RELEASE: Final = 18
 FUSE_FLUSH: Final = 25
@@ -31,6 +33,8 @@ IOCTL_REQUEST: Final = struct.Struct("<IIQQIIIHHQIIQII")
 INTERRUPT_IN: Final = struct.Struct("<Q")
 # struct fuse_init_in: major minor max_readahead flags flags2
 INIT_IN: Final = struct.Struct("<IIIII")
+# struct fuse_release_in: fh flags release_flags lock_owner
+RELEASE_IN: Final = struct.Struct("<QIIQ")
 
 # --- struct fuse_out_header: len error unique ---------------------------------------------------------------
 OUT_HEADER: Final = struct.Struct("<IiQ")
@@ -43,13 +47,28 @@ INIT_OUT: Final = struct.Struct("<IIIIHHIIHHII")
 INIT_OUT_SIZE: Final = 64
 # struct fuse_open_out: fh open_flags backing_id
 OPEN_OUT: Final = struct.Struct("<QIi")
+# struct fuse_attr: ino size blocks atime mtime ctime atimensec mtimensec ctimensec mode nlink uid gid rdev blksize
+# flags
+ATTR: Final = struct.Struct("<6Q10I")
+# What goes before it: struct fuse_entry_out (nodeid generation entry_valid attr_valid and both's nanoseconds)
+# and struct fuse_attr_out (attr_valid attr_valid_nsec dummy)
+ENTRY_OUT: Final = struct.Struct("<4Q2I")
+ATTR_OUT: Final = struct.Struct("<QII")
 
 # --- INIT flags; those of flags2 are numbered from 32 in the header -----------------------------------------
+FUSE_ASYNC_READ: Final = 1 << 0
+FUSE_ATOMIC_O_TRUNC: Final = 1 << 3
+FUSE_EXPORT_SUPPORT: Final = 1 << 4
+FUSE_BIG_WRITES: Final = 1 << 5
 FUSE_AUTO_INVAL_DATA: Final = 1 << 12
+FUSE_DO_READDIRPLUS: Final = 1 << 13
+FUSE_ASYNC_DIO: Final = 1 << 15
+FUSE_MAX_PAGES: Final = 1 << 22
 FUSE_INIT_EXT: Final = 1 << 30
 FUSE2_PASSTHROUGH: Final = 1 << (37 - 32)
 
 FOPEN_DIRECT_IO: Final = 1 << 0
+FOPEN_KEEP_CACHE: Final = 1 << 1
 FOPEN_PASSTHROUGH: Final = 1 << 7
 
 # --- ioctls of /dev/fuse itself -----------------------------------------------------------------------------
@@ -80,6 +99,21 @@ def init_reply(unique: int, *, passthrough: bool) -> bytes:
     flags2 = FUSE2_PASSTHROUGH if passthrough else 0
     body = INIT_OUT.pack(7, 31, PAGE_SIZE, flags, 0, 0, PAGE_SIZE, 1, 0, 0, flags2, int(passthrough))
     body = body.ljust(INIT_OUT_SIZE, b"\0")
+    return OUT_HEADER.pack(OUT_HEADER.size + len(body), 0, unique) + body
+
+
+# What libfuse 3.14 asks for by itself with pyfuse3's operations, but for what amend_init_reply takes away.
+_LIBFUSE_WANTS: Final = (FUSE_ASYNC_READ | FUSE_ATOMIC_O_TRUNC | FUSE_EXPORT_SUPPORT | FUSE_BIG_WRITES
+                         | FUSE_DO_READDIRPLUS | FUSE_ASYNC_DIO | FUSE_MAX_PAGES)
+
+
+def libfuse_init_reply(request: bytes | memoryview, *, passthrough: bool) -> bytes:
+    """The reply to the INIT *request* that libfuse would give and `amend_init_reply` leave, without asking it."""
+    unique: int = IN_HEADER.unpack_from(request)[2]
+    (_major, _minor, max_readahead, flags, _flags2) = INIT_IN.unpack_from(request, IN_HEADER.size)
+    flags = flags & _LIBFUSE_WANTS | (FUSE_INIT_EXT if passthrough else 0)
+    body = INIT_OUT.pack(7, 31, min(max_readahead, MAX_WRITE), flags, 0, 0, MAX_WRITE, 1, MAX_WRITE // PAGE_SIZE, 0,
+                         FUSE2_PASSTHROUGH if passthrough else 0, int(passthrough)).ljust(INIT_OUT_SIZE, b"\0")
     return OUT_HEADER.pack(OUT_HEADER.size + len(body), 0, unique) + body
 
 

@@ -48,7 +48,7 @@ def ioctl(fd: int, cmd: int, arg: object = 0) -> tuple[int, int]:
 class Served:
     """A serving process, and a mount descriptor to open its files on."""
 
-    def __init__(self, mode: str, path: str | None = None) -> None:
+    def __init__(self, mode: str, path: str | None = None, *, late: bool = False) -> None:
         fuse = mount.open_dev_fuse()
         memfd = os.memfd_create("kvmfs-test")
         os.ftruncate(memfd, RUN_SIZE)
@@ -59,7 +59,7 @@ class Served:
             self.root = -1
         self.path = path
         self.process = subprocess.Popen(
-            [sys.executable, str(SERVER), str(fuse), str(memfd), mode], pass_fds=[fuse, memfd],
+            [sys.executable, str(SERVER), str(fuse), str(memfd), mode, *["late"] * late], pass_fds=[fuse, memfd],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
         # A connection lives as long as any descriptor of it: only the server may have one.
@@ -104,9 +104,9 @@ class Served:
 
 
 @contextlib.contextmanager
-def served(mode: str = "direct", path: str | None = None, *, quiet: bool = True) -> Iterator[Served]:
+def served(mode: str = "direct", path: str | None = None, *, quiet: bool = True, late: bool = False) -> Iterator[Served]:
     """A server for the block; at its end it must leave cleanly, and without a complaint when *quiet*."""
-    server = Served(mode, path)
+    server = Served(mode, path, late=late)
     try:
         yield server
         output, complaints = server.close()

@@ -2,11 +2,11 @@
 """A file system to test kvmfs.fuse with, run as a process of its own: a process must never open what it
 serves.
 
-    python fuse_server.py FUSE_FD MEMFD MODE
+    python fuse_server.py FUSE_FD MEMFD MODE [late]
 
 FUSE_FD is mounted already. MODE: "direct" (the vCPU node is direct_io), "cache" (page-cache fallback) or
-"passthrough" (the server registers MEMFD itself). Prints one line "ready", then "end" when the connection
-ended; events go to stderr.
+"passthrough" (the server registers MEMFD itself). late: pyfuse3 is begun only when it is needed; the ioctl
+BEGUN tells whether it was. Prints one line "ready", then "end" when the connection ended; events go to stderr.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ TOUCH = _ioc(0, 0x09, 0)
 ANSWER_AND_RETURN = _ioc(0, 0x0A, 0)
 EXIT = _ioc(0, 0x0B, 0)
 MAX_IDLE = _ioc(0, 0x0C, 0)
+BEGUN = _ioc(0, 0x0D, 0)
 OUT = _ioc(2, 0x81, 64)
 IN = _ioc(1, 0x82, 64)
 INOUT = _ioc(3, 0x83, 64)
@@ -82,7 +83,7 @@ class Server:
             on_end=lambda: print("end", flush=True),
         )
 
-    def opened(self, inode: int, _ctx: object) -> None:
+    def opened(self, inode: int) -> None:
         if inode == 9:
             raise OSError(errno.EBUSY, "refused")
         self.opens += 1
@@ -148,6 +149,8 @@ class Server:
             return 1 << 40
         if cmd == OPENS:
             return self.opens
+        if cmd == BEGUN:
+            return int(any(thread.name == "kvmfs-replies" for thread in threading.enumerate()))
         if cmd == TOUCH:
             memory = self.shared if self.shared is not None else self.page
             memory[100:104] = memory[0:4]
@@ -181,7 +184,7 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING)
     server = Server(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
     threading.Thread(target=server.ready, daemon=True).start()
-    server.channel.run(server.operations)
+    server.channel.run(server.operations, late=sys.argv[4:] == ["late"])
     print("returned", flush=True)
 
 

@@ -45,6 +45,9 @@ def error_of(call, *arguments):
     return caught.value.errno
 
 
+both_ways = pytest.mark.parametrize("late", [False, True], ids=["pyfuse3", "late"])
+
+
 def shared_mmap(fd):
     """errno of mmap(2) itself: Python's would refuse a file of size 0 before it asks the kernel."""
     libc = ctypes.CDLL(None, use_errno=True)
@@ -54,8 +57,9 @@ def shared_mmap(fd):
     return ctypes.get_errno()
 
 
-def test_files(place):
-    with served("direct", place):
+@both_ways
+def test_files(place, late):
+    with served("direct", place, late=late):
         assert sorted(os.listdir(place)) == ["kvm", "refused", "secret", "vcpu"]
         info = os.stat(f"{place}/kvm")
         assert stat.S_ISREG(info.st_mode) and stat.S_IMODE(info.st_mode) == 0o666
@@ -75,6 +79,23 @@ def test_files(place):
         assert any(place in line and "fuse.kvmfs" in line for line in Path("/proc/mounts").read_text().splitlines())
 
 
+def test_opening_and_closing_need_no_pyfuse3():
+    """Nor do they look different without it."""
+    answers = []
+    for late in (False, True):
+        with served(late=late) as server:
+            fd = server.open("kvm")
+            info = os.stat("kvm", dir_fd=server.root)
+            os.close(server.open("vcpu"))
+            server.files.pop()
+            answers.append([tuple(getattr(info, name) for name in dir(info) if name.startswith("st_") and name != "st_dev"),
+                            error_of(server.open, "none"), error_of(server.open, "refused")])
+            assert ioctl(fd, S.BEGUN)[0] == (not late)
+            assert error_of(os.read, fd, 10) == errno.EINVAL
+            assert ioctl(fd, S.BEGUN)[0] == 1
+    assert answers[0] == answers[1]
+
+
 def test_mode_bits_are_checked():
     with tempfile.TemporaryDirectory(dir="/tmp") as place:
         os.chmod(place, 0o755)
@@ -84,8 +105,9 @@ def test_mode_bits_are_checked():
         assert "PermissionError" in done.stderr and "secret" in done.stderr, done.stderr
 
 
-def test_node_as_a_device():
-    with served() as server:
+@both_ways
+def test_node_as_a_device(late):
+    with served(late=late) as server:
         fd = server.open("kvm")
         assert error_of(os.read, fd, 10) == errno.EINVAL
         assert error_of(os.pread, fd, 10, 4096) == errno.EINVAL
@@ -101,8 +123,9 @@ def test_node_as_a_device():
 
 
 @needs_passthrough
-def test_passthrough_node():
-    with served("passthrough") as server:
+@both_ways
+def test_passthrough_node(late):
+    with served("passthrough", late=late) as server:
         assert server.ready == "ready 1\n"
         fd, second = server.open("vcpu"), server.open("vcpu")
         with mmap.mmap(fd, S.RUN_SIZE) as page, mmap.mmap(second, S.RUN_SIZE) as other:
@@ -115,8 +138,9 @@ def test_passthrough_node():
         assert shared_mmap(server.open("kvm")) == errno.ENODEV
 
 
-def test_page_cache_fallback():
-    with served("cache") as server:
+@both_ways
+def test_page_cache_fallback(late):
+    with served("cache", late=late) as server:
         fd = server.open("vcpu")
         with mmap.mmap(fd, S.RUN_SIZE) as page:
             assert page[:5] == b"start"
@@ -163,8 +187,9 @@ def test_busy_umount(place):
         assert ioctl(fd, S.NONE) == (12, 0)
 
 
-def test_detached_mount_ends_with_its_last_descriptor():
-    server = Served("direct")
+@both_ways
+def test_detached_mount_ends_with_its_last_descriptor(late):
+    server = Served("direct", late=late)
     try:
         fd = server.open("kvm")
         assert os.readlink(f"/proc/self/fd/{fd}").endswith("/kvm")
