@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 import threading
+from functools import partial
 
 import click
 
@@ -44,7 +45,7 @@ def set_up_log(level: str) -> None:
 
 def serve(options: Options) -> int:
     """The daemon's life; returns its exit status.  The process must have one thread and no other use for it."""
-    zygote = Zygote.start(worker.main, worker.preload)
+    zygote = Zygote.start(worker.main, partial(worker.preload, options.vendor, options.profile))
     try:
         module = Module(options, zygote)
         try:

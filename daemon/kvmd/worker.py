@@ -8,6 +8,7 @@ the VM's files is closed, when its client or the daemon is gone, or when its con
 from __future__ import annotations
 
 import codecs
+import contextlib
 import logging
 import os
 import threading
@@ -25,12 +26,10 @@ from kvmd.window import OPS, Window
 from kvmfs import vendor as vendors
 from kvmfs.api.dispatch import VmDispatcher
 from kvmfs.client.process import Process
-from kvmfs.cpu import engine
 from kvmfs.fuse.channel import Channel, Shortcut
 from kvmfs.fuse.operations import NodeOperations
 from kvmfs.kvm import fastpath, hyperv_cpuid, tsc
 from kvmfs.kvm.kvm_main import DEVICE_INODE, VCPU_INODE, VM_INODE, Vm
-from kvmfs.kvm.profile import DEFAULT
 
 log = logging.getLogger("kvmd.worker")
 
@@ -41,33 +40,44 @@ MAX_IDLE = 2            # reader threads that stay when nothing is to be read
 FDS = ("fuse", "requests", "control", "pidfd", "memory", "tasks", "maps")
 
 
-def preload() -> None:
-    """Run once in the zygote: make Python import what a worker would import at its first use."""
+_ahead: dict[tuple[str, str], VmDispatcher] = {}
+
+
+def preload(vendor: str, profile: str) -> None:
+    """Run once in the zygote: make Python import what a worker would import at its first use, and do what is the same in each.
+
+    ``vendor`` and ``profile`` are the daemon's options; wrong ones are the daemon's to complain about.
+    """
     trio.run(trio.lowlevel.checkpoint)
     for name in ("ascii", "idna", "latin-1"):
         codecs.lookup(name)
     fastpath.load()
     affinity.load()
-    for name in ("amd", "intel"):
-        _warm_up(name)
-    engine.make_ahead()             # loads the native parts, too, which a worker has no right to open
     sandbox.prepare()
     tsc.tsc_khz()                   # takes a tenth of a second, and privileges
     tsc.host_clock_is_tsc()
     hyperv_cpuid.smt_possible()
+    with contextlib.suppress(ValueError):
+        _warm_up(vendors.load(vendor).name, profile)
     logging.getLogger("kvmd.worker").debug("zygote is ready")
 
 
-def _warm_up(vendor: str) -> None:
-    """Make VMs that nobody uses: Python then has specialised the code that each worker runs once, and writes less into it."""
+def _warm_up(vendor: str, profile: str) -> None:
+    """Make VMs that nobody uses: Python then has specialised the code that each worker runs once, and writes less into it.
+
+    And make one that each worker finds in its copy of the zygote's memory.
+    """
     client: Any = SimpleNamespace(tid=0, task_fd=-1, memory=None, owns=lambda tid: False)
     one, other = Link.pair()
     for _ in range(ROUNDS):
         host = WorkerHost(one, client, fuse=-1, maps=-1, device=0, passthrough=True, uid=0, gid=0)
-        worker = Worker(vendor, DEFAULT, host, -1, other, 0)
+        worker = Worker(vendor, profile, host, -1, other, 0)
         worker.vm.online_vcpu(worker.vm.create_vcpu(0))
         worker.dispatcher.tap(())
         worker.vm.destroy()
+    vm = Vm(vendors.load(vendor), host, profile)
+    vm.engine.make_ahead()
+    _ahead[vendor, profile] = VmDispatcher(vm)
     one.close()
     other.close()
 
@@ -100,11 +110,15 @@ class Worker:
     def __init__(self, vendor: str, profile: str, host: WorkerHost, fuse: int, control: Link, number: int,
                  ordinary: int = -1) -> None:
         self._host, self._control = host, control
-        self.vm = Vm(vendors.load(vendor), host, profile)
-        self.dispatcher = VmDispatcher(self.vm)
+        made = _ahead.pop((vendor, profile), None)
+        if made is None:
+            made = VmDispatcher(Vm(vendors.load(vendor), host, profile))
+        else:
+            made.vm.adopt(host)
+        self.dispatcher, self.vm = made, made.vm
         self.window = Window(self.vm, self.dispatcher, number)
         self.channel = Channel(fuse, self.dispatcher.ioctl, interrupt=self.dispatcher.interrupt,
-                               passthrough=host.passthrough, max_idle=MAX_IDLE,
+                               passthrough=host.passthrough, max_idle=MAX_IDLE, on_end=lambda: os._exit(0),
                                shortcut=Shortcut(self.vm.lanes.address, self.dispatcher.go_on))
         self.operations = NodeOperations(opened=self._opened, released=self._released, uid=host.uid, gid=host.gid)
         self.operations.add_node(VM_INODE, VM_FILE, mode=VM_FILE_MODE, uid=host.uid, gid=host.gid)
@@ -114,14 +128,10 @@ class Worker:
         self._open_files, self._files_lock = 0, threading.Lock()
 
     def run(self, link: Link) -> None:
-        """Serve until the VM ends."""
-        threading.Thread(target=self._serve_control, name="control", daemon=True).start()
+        """Serve until the VM ends, and the process with it: nothing of its other threads is left to be done then."""
+        self.channel.begin(self.operations)
         link.send("ready")
-        try:
-            self.channel.run(self.operations, late=True)
-        finally:
-            # The other threads are in the kernel or in the guest; nothing of them is left to be done.
-            os._exit(0)
+        self._serve_control()
 
     def _copies(self, inode: int) -> None:
         """There is no passthrough: this vCPU's kvm_run is copied at each KVM_RUN."""

@@ -64,7 +64,7 @@ class VmDispatcher:
     """ioctls on a VM's files: the VM itself, its vCPUs and devices, told apart by inode."""
 
     def __init__(self, vm_: Vm) -> None:
-        self._vm = vm_
+        self.vm = vm_
         self._bound = {level: bind(level, module, vm_.profile)
                        for level, module in ((Level.VM, vm), (Level.VCPU, vcpu), (Level.DEVICE, device))}
         self._bound[Level.VCPU].pop(KVM_RUN, None)
@@ -78,13 +78,13 @@ class VmDispatcher:
                                   for level, handlers in self._bound.items()]
         self._vm_handlers, self._vcpu_handlers, self._device_handlers = tables
         self._run = tapped(Level.VCPU, x86.ioctl_run, taps)
-        self._vm.lanes.enabled = not taps
-        self._vm.stop_lanes()
+        self.vm.lanes.enabled = not taps
+        self.vm.stop_lanes()
 
     def counts(self) -> dict[int, int]:
         """How many calls of each number there were."""
         counts = dict(self._counts)
-        runs = sum(v.lane.info.runs for v in self._vm.vcpus)
+        runs = sum(v.lane.info.runs for v in self.vm.vcpus)
         if runs:
             counts[KVM_RUN] = counts.get(KVM_RUN, 0) + runs
         return counts
@@ -94,7 +94,7 @@ class VmDispatcher:
 
         Another address space than the VM's: EIO.  Unknown numbers: ENOTTY on a VM, EINVAL on a vCPU.
         """
-        vm_ = self._vm
+        vm_ = self.vm
         self._counts[req.cmd] += 1
         if req.tid not in self._tids:
             self._admit(req.tid, req.nodeid)
@@ -145,10 +145,10 @@ class VmDispatcher:
 
     def go_on(self, req: Any) -> Result:
         """A channel's handler for a KVM_RUN that kvmfs.kvm.fastpath has begun.  The vCPU is this thread's."""
-        v = self._vm.vcpus[req.nodeid - VCPU_INODE]
+        v = self.vm.vcpus[req.nodeid - VCPU_INODE]
         result = -1
         try:
-            if self._vm.dead:
+            if self.vm.dead:
                 raise KvmError(errno.EIO)
             result = x86.ioctl_run(v, req, v.lane.begun)
             return result
@@ -157,7 +157,7 @@ class VmDispatcher:
                 v.lane.release()
 
     def _admit(self, tid: int, nodeid: int) -> None:
-        if not self._vm.host.owns(tid):
+        if not self.vm.host.owns(tid):
             stats = nodeid == VM_STATS_INODE or nodeid >= VCPU_STATS_INODE
             raise KvmError(errno.ENOTTY if stats else errno.EIO)
         if len(self._tids) > 4096:      # thread ids of the dead; asking again costs little
@@ -167,4 +167,4 @@ class VmDispatcher:
     def interrupt(self, req: RequestLike) -> None:
         """The client's thread has a signal while ``req`` is being served."""
         if req.cmd == KVM_RUN and VCPU_INODE <= req.nodeid < VCPU_STATS_INODE:
-            self._vm.vcpus[req.nodeid - VCPU_INODE].kick()
+            self.vm.vcpus[req.nodeid - VCPU_INODE].kick()

@@ -65,6 +65,7 @@ class Engine:
         self.lock = EngineLock(self._lib, out)
         self.window: int = self._lib.nv_window(out)     # guest physical memory is mapped here, at window + gpa
         self.cpus: list[Cpu] = []
+        self._first: Cpu | None = None
         self._regions: dict[int, tuple[int, int]] = {}
 
     def map(self, gpa: int, size: int, host_addr: int, *, readonly: bool = False, file: int = 0, offset: int = 0) -> None:
@@ -135,16 +136,25 @@ class Engine:
         self._lib.nv_translation(self._engine, ctypes.byref(found))
         return found
 
+    def make_ahead(self) -> None:
+        """Make the first vCPU before somebody asks for it."""
+        self._first = self._new_cpu(0)
+
     def create_cpu(self, index: int) -> Cpu:
         """A vCPU in reset state. The second one of an engine moves all state out of Unicorn while no vCPU runs."""
-        pointer = self._lib.nv_cpu_new(self._engine)
-        if not pointer:
-            raise MemoryError("vCPU")
-        cpu = Cpu(self._lib, pointer, index, self)
+        cpu, self._first = self._first, None
+        if cpu is None or cpu.index != index:
+            cpu = self._new_cpu(index)
         for other in self.cpus:
             other.rebind()
         self.cpus.append(cpu)
         return cpu
+
+    def _new_cpu(self, index: int) -> Cpu:
+        pointer = self._lib.nv_cpu_new(self._engine)
+        if not pointer:
+            raise MemoryError("vCPU")
+        return Cpu(self._lib, pointer, index, self)
 
     def close(self) -> None:
         """Free the engine; no vCPU may run or be used afterwards."""
@@ -156,19 +166,3 @@ class Engine:
     def __del__(self) -> None:
         if getattr(self, "_engine", None):
             self.close()
-
-
-_ahead: list[Engine] = []
-
-
-def make_ahead() -> None:
-    """Make an engine that nothing has run on, for processes that are forked from this one and take it.
-
-    They share most of its memory with each other, and making one costs 2 ms, nearly all of it page faults.
-    """
-    _ahead.append(Engine())
-
-
-def take() -> Engine:
-    """The engine that was made ahead, once; otherwise a new one."""
-    return _ahead.pop() if _ahead else Engine()

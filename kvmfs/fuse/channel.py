@@ -197,13 +197,21 @@ class Channel:
         self._session.start()
         self._start_reader()
 
-    def run(self, operations: NodeOperations, *, late: bool = False) -> None:
+    def run(self, operations: NodeOperations) -> None:
         """Serve *operations* in the calling (main) thread until the connection ends. Includes `start`.
 
-        pyfuse3 has one session per process, so only one channel of a process can be run at a time. With *late* it is
-        begun only when something is asked that `Opens` does not answer; operations are NodeOperations' own then.
+        pyfuse3 has one session per process, so only one channel of a process can be run at a time.
         """
-        self._session.run(operations, self._start_reader, late=late)
+        self._session.run(operations, self._start_reader)
+
+    def begin(self, operations: NodeOperations) -> None:
+        """Serve *operations*, in other threads, from now on. `on_end` tells when that is over.
+
+        pyfuse3 is begun only when something is asked that `Opens` does not answer. The methods of *operations* must be
+        NodeOperations' own.
+        """
+        self._session.begin(operations)
+        self._start_reader()
 
     def _end(self) -> None:
         with self._lock:

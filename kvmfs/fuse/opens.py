@@ -3,7 +3,7 @@
 
 pyfuse3 needs an event loop of its own, which takes a process 2 ms to begin, and two changes of threads for each
 request. A process that lives as long as a VM and is asked for nothing but INIT, LOOKUP, OPEN and RELEASE does
-not need it at all. `Channel.run` begins it when something else is asked.
+not need it at all. `Channel.begin` serves so.
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ class NodeOperations(pyfuse3.Operations):
                      Must not block
     released(inode)  called when the last descriptor of one open(2) was closed
 
-    Two threads may be in either at a time (`Channel.run`, *late*).
+    Two threads may be in either at a time (`Channel.begin`).
     """
 
     supports_dot_lookup = True

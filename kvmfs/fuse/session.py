@@ -57,7 +57,7 @@ class Session:
         self._init_unique: int | None = None
         self._init_request = b""  # pyfuse3 gets it late, and its answer goes nowhere
         self._opens: Opens | None = None  # while that is there, pyfuse3 has not been begun
-        self._begin = threading.Event()  # `run` shall begin it, or return
+        self._late_operations: NodeOperations | None = None
         self._ended = False
         self._pair: tuple[socket.socket, int] | None = None
         self._lock = threading.Lock()
@@ -83,22 +83,27 @@ class Session:
         self._ends()
         threading.Thread(target=self._pass_replies, name="kvmfs-replies", daemon=True).start()
 
-    def run(self, operations: NodeOperations, start: Callable[[], None], *, late: bool) -> None:
-        """Serve *operations* in the calling (main) thread until `end`; *start* is called when requests can be taken."""
-        if late:
-            self._opens = Opens(operations)
-            start()
-            self._begin.wait()
-            if self._ended:
-                return
+    def run(self, operations: NodeOperations, start: Callable[[], None]) -> None:
+        """Serve *operations* in the calling thread until `end`; *start* is called when requests can be taken."""
         pyfuse3.init(operations, self.pyfuse3_path, set(pyfuse3.default_options))
         try:
-            if not late:
-                self.start()
-                start()
+            self.start()
+            start()
             trio.run(self._main)
         finally:
             pyfuse3.close(unmount=False)
+
+    def begin(self, operations: NodeOperations) -> None:
+        """Serve *operations* from now on; pyfuse3 is begun in a thread of its own when it is needed."""
+        self._late_operations = operations
+        self._opens = Opens(operations)
+
+    def _run_late(self) -> None:
+        assert self._late_operations is not None
+        try:
+            self.run(self._late_operations, lambda: None)
+        except Exception:
+            _log.exception("pyfuse3 failed; reading and looking at files of this connection fails from now on")
 
     async def _main(self) -> None:
         self._trio_token = trio.lowlevel.current_trio_token()
@@ -107,9 +112,8 @@ class Session:
             await pyfuse3.main()
 
     def end(self) -> None:
-        """The connection has ended: `run` returns. Any thread but its own."""
+        """The connection has ended: pyfuse3 ends. Any thread but its own."""
         self._ended = True
-        self._begin.set()
         # The socketpair stays open: libfuse takes a closed one for an error, and pyfuse3.main() raises.
         if self._trio_token is not None:
             try:
@@ -165,9 +169,8 @@ class Session:
             with self._lock:
                 if self._opens is not None:
                     self._ends()[0].send(self._init_request)
-                    self.start()
+                    threading.Thread(target=self._run_late, name="kvmfs-pyfuse3", daemon=True).start()
                     self._opens = None
-                    self._begin.set()
             return False
         return True
 

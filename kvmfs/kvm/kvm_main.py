@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from kvmfs.cpu import engine
+from kvmfs.cpu.engine import Engine
 from kvmfs.errors import KvmError
 from kvmfs.kvm import eventfd, kvmclock, x86
 from kvmfs.kvm.fastpath import Lanes, VcpuMutex
@@ -59,7 +59,7 @@ class Vm:
         self.vendor, self.host = vendor, host
         self.profile = load_profile(profile)
         self.lock, self.slots_lock, self.create_lock = threading.Lock(), threading.Lock(), threading.Lock()
-        self.engine = engine.take()
+        self.engine = Engine()
         self.mmio_bus, self.pio_bus, self.ccw_bus = IoBus(), IoBus(), IoBus()
         self.coalesced_zones: list[CoalescedZone] = []
         self.ioeventfds: list[IoEventFd] = []
@@ -73,6 +73,11 @@ class Vm:
         self.vfio = threading.Lock()    # held while there is a kvm-vfio device
         self.dead = False
         self.mirrored = False       # guest memory is copied at each KVM_RUN (the client is traced)
+
+    def adopt(self, host: Host) -> None:
+        """A VM that was made ahead, in another process, becomes that host's and begins now."""
+        self.host = host
+        self.arch.clock = kvmclock.VmClock()
 
     def mirror_in(self) -> None:
         """Bring the client's changes into guest memory that cannot be shared with it."""

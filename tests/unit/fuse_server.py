@@ -80,8 +80,9 @@ class Server:
         self.operations.add_node(9, "refused", mode=0o666)
         self.channel = Channel(
             fuse_fd, self.ioctl, interrupt=self.interrupt, passthrough=mode == "passthrough",
-            on_end=lambda: print("end", flush=True),
+            on_end=self.end,
         )
+        self.ended = threading.Event()
 
     def opened(self, inode: int) -> None:
         if inode == 9:
@@ -90,6 +91,10 @@ class Server:
 
     def released(self, _inode: int) -> None:
         self.opens -= 1
+
+    def end(self) -> None:
+        print("end", flush=True)
+        self.ended.set()
 
     def interrupt(self, req: Request) -> None:
         if req.context is not None:
@@ -184,7 +189,11 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING)
     server = Server(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
     threading.Thread(target=server.ready, daemon=True).start()
-    server.channel.run(server.operations, late=sys.argv[4:] == ["late"])
+    if sys.argv[4:] == ["late"]:
+        server.channel.begin(server.operations)
+        server.ended.wait()
+    else:
+        server.channel.run(server.operations)
     print("returned", flush=True)
 
 

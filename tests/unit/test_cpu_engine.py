@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from kvmfs.cpu import engine, layout
+from kvmfs.cpu import layout
 from kvmfs.cpu.cpu import EXIT_IO_OUT, EXIT_MMIO_READ, EXIT_NONE, EXIT_SVM
 from kvmfs.cpu.engine import Engine
 from tests.guest import CODE, MMIO, PT, RAM, Guest
@@ -430,14 +430,14 @@ def test_second_cpu_is_created_while_the_first_runs():
 
 
 def test_an_engine_made_ahead_works_in_each_fork():
-    engine.make_ahead()
+    ours = Engine()
+    ours.make_ahead()
     children = []
     for _ in range(2):
         pid = os.fork()
         if pid == 0:
             status = 1
             with contextlib.suppress(BaseException):
-                ours = engine.take()
                 page = mmap.mmap(-1, 4096)
                 page[:3] = b"\xe6\x80\xf4"                      # out 0x80, al
                 ours.map(0, 4096, ctypes.addressof(ctypes.c_char.from_buffer(page)))
@@ -445,11 +445,11 @@ def test_an_engine_made_ahead_works_in_each_fork():
                 cpu.set_segment(1, 0, 0, 0xFFFF, 0x9B)
                 cpu.rip = 0
                 cpu.commit_state()
-                status = 0 if cpu.run() == EXIT_IO_OUT and cpu.exit.port == 0x80 and engine.take() is not ours else 2
+                status = 0 if cpu.run() == EXIT_IO_OUT and cpu.exit.port == 0x80 and ours.create_cpu(1) is not cpu else 2
             os._exit(status)
         children.append(pid)
     assert [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children] == [0, 0]
-    assert engine.take() is not engine.take()
+    assert ours.create_cpu(0) is not ours.create_cpu(1)
 
 
 @pytest.mark.parametrize("instruction", ["0xdd, 0xcb", "0xd9, 0xe8", "0x0f, 0xae, 0xf0"])

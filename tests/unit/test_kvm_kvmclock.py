@@ -235,6 +235,14 @@ def test_tsc_offset_attribute(machine, vendor):
 
 # ---- KVM_GET_CLOCK, KVM_SET_CLOCK ------------------------------------------------------------------------
 
+def test_clock_of_a_vm_made_ahead_begins_when_somebody_gets_it(machine):
+    m = machine("amd", "hlt")
+    time.sleep(0.05)
+    before = get_clock(m).clock
+    m.vm.adopt(m.host)
+    assert get_clock(m).clock < before
+
+
 @BOTH
 def test_clock(machine, vendor):
     m = machine(vendor, "hlt")
