@@ -205,25 +205,32 @@ def enter_or_block(vcpu: Vcpu, apic: Lapic, stop: Callable[[], bool], enter: Cal
     if arch.mp_state != kx.KVM_MP_STATE_RUNNABLE:
         result = block(vcpu, apic, stop)
     else:
-        if apic.pending_events:
-            accept_events(vcpu, apic)
-            if arch.mp_state != kx.KVM_MP_STATE_RUNNABLE:
-                return 1
-        if apic.eoi_exit is not None and _report_eoi(vcpu, apic):
-            return 0
-        if apic.scan_request:
-            with apic.chip.lock:
-                apic.scan()
         apic.thread = threading.get_ident()
         apic.in_guest = True            # from here on whoever has an event for us kicks
         try:
+            if apic.pending_events:
+                accept_events(vcpu, apic)
+                if arch.mp_state != kx.KVM_MP_STATE_RUNNABLE:
+                    return 1
+            if apic.eoi_exit is not None and _report_eoi(vcpu, apic):
+                return 0
+            if apic.scan_request:
+                with apic.chip.lock:
+                    apic.scan()
+            _inject_timer(apic)         # it may have fired while the client had the vCPU
             result = enter()
         finally:
             apic.in_guest = False
-    if result > 0 and apic.timer.pending and apic.timer.has_pending:
+    if result > 0:
+        _inject_timer(apic)
+    return result
+
+
+def _inject_timer(apic: Lapic) -> None:
+    """``kvm_inject_pending_timer_irqs``."""
+    if apic.timer.pending and apic.timer.has_pending:
         with apic.chip.lock:
             apic.timer.inject()
-    return result
 
 
 def _report_eoi(vcpu: Vcpu, apic: Lapic) -> bool:

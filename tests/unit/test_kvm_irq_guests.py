@@ -138,6 +138,23 @@ def test_lapic_timer(machine, vendor, lvt, count):
 
 
 @BOTH
+def test_a_timer_that_fires_while_the_client_has_the_vcpu(machine, vendor):
+    source = (APIC_ON + f"mov dword ptr [{APIC + 0x3E0:#x}], 0xb; mov dword ptr [{APIC + 0x320:#x}], 0x31; "
+              f"mov dword ptr [{APIC + 0x380:#x}], 5000000; mov dx, 0x510; out dx, al; sti\n"
+              f"spin: cmp dword ptr [{COUNTS + 4 * 0x31:#x}], 1; jne spin; {DONE}\n" + handler(0x31))
+    m = machine(vendor, source)
+    assert m.start().wait() == 0
+    time.sleep(0.02)
+    running = m.start()
+    try:
+        eventually(lambda: not running.waits)
+    finally:
+        running.stop()
+    assert running.result == 0
+    assert m.count(0x31) == 1
+
+
+@BOTH
 def test_tsc_deadline(machine, vendor):
     m = machine(vendor, APIC_ON + f"mov dword ptr [{APIC + 0x320:#x}], 0x40031\n"
                 + "mov esi, 10; more: rdtsc; mov ebx, eax; add eax, [0x2ff0]; adc edx, 0; mov ecx, 0x6e0; wrmsr\n"
