@@ -52,6 +52,7 @@ static Region *region_at(Engine *e, u64 gpa);
 #include "pcmpstr.h"
 #include "locked.h"
 #include "access.h"
+#include "stores.h"
 
 _Noreturn static void bail(Engine *e) {
     p_emu_stop(e->uc);

@@ -54,7 +54,7 @@ enum { PDPTRS = 0x3000, VMCB_INT_VECTOR = 0x64, VMCB_INFO2 = 0x80 };
 enum { VENDOR_AMD = 0x68747541, VENDOR_INTEL = 0x756e6547 };
 enum { XSAVE_XGETBV1 = 4 };
 enum { EXCP_INTERRUPT = 0x10000, EXCP_VMEXIT = 0x100 };
-enum { TLB_INVALID = 1 << 11, TLB_MMIO_BIT = 1 << 9 };
+enum { TLB_INVALID = 1 << 11, TLB_NOTDIRTY = 1 << 10, TLB_MMIO_BIT = 1 << 9 };
 
 enum { EXIT_NONE, EXIT_SVM, EXIT_IO_IN, EXIT_IO_OUT, EXIT_MMIO_READ, EXIT_MMIO_WRITE, EXIT_FETCH, EXIT_UNKNOWN, EXIT_ERROR,
        EXIT_ALONE }; // the last stays in here: the next instruction is to be executed by itself
@@ -152,6 +152,7 @@ typedef struct Engine {
     u64 (*phys_debug)(void *, u64, u32 *);
     void *(*memory_mapping)(void *, u64);
     u8 *code;      // one bit for each guest page that was executed
+    u8 *stored;    // likewise: stores to it may not be seen since the last translation of code of it
     Kept **kept;   // by page, a hash table
     u64 kept_capacity, nkept, generation;
     bool untracked; // there may be translations that no page's low and high show

@@ -25,7 +25,7 @@ int nv_prepare(const char *path) {
         {"translator_loop_x86_64", &p_translator_loop}, {"tcg_gen_atomic_cmpxchg_i64_x86_64", &p_cmpxchg},
 #define SYMBOL(name) {"tcg_gen_atomic_" #name "_i64_x86_64", &p_##name},
         ATOMICS(SYMBOL)
-        {"x86_ldl_phys_x86_64", &p_ldl_phys}, {"x86_ldq_phys_x86_64", &p_ldq_phys},
+        {"tlb_reset_dirty_by_vaddr_x86_64", &p_reset_dirty}, {"x86_ldl_phys_x86_64", &p_ldl_phys}, {"x86_ldq_phys_x86_64", &p_ldq_phys},
         {"x86_stl_phys_x86_64", &p_stl_phys}, {"x86_stl_phys_notdirty_x86_64", &p_stl_phys_notdirty},
 #define LOAD_SYMBOL(name, type, result) {"cpu_ld" #name "_mmuidx_ra_x86_64", &p_ld##name},
 #define STORE_SYMBOL(name, type, argument) {"cpu_st" #name "_mmuidx_ra_x86_64", &p_st##name},
@@ -37,6 +37,7 @@ int nv_prepare(const char *path) {
         {"tcg_gen_atomic_cmpxchg_i64_x86_64", our_cmpxchg}, {"cpu_loop_exit_atomic_x86_64", our_exit_atomic},
 #define REPLACEMENT(name) {"tcg_gen_atomic_" #name "_i64_x86_64", our_##name},
         ATOMICS(REPLACEMENT)
+        {"tlb_reset_dirty_by_vaddr_x86_64", our_reset_dirty}, {"tlb_set_dirty_x86_64", our_set_dirty},
         {"x86_ldl_phys_x86_64", our_ldl_phys}, {"x86_ldq_phys_x86_64", our_ldq_phys},
         {"x86_stl_phys_x86_64", our_stl_phys}, {"x86_stl_phys_notdirty_x86_64", our_stl_phys_notdirty},
 #define OUR_LOAD(name, type, result) {"cpu_ld" #name "_mmuidx_ra_x86_64", our_ld##name},
@@ -120,8 +121,9 @@ int nv_engine_new(const char *path, char *uc, const int *insns, Engine **out) {
     e->memory_mapping = UC(void *, UC_MEMORY_MAPPING);
     int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
     e->code = mmap(NULL, 1 << 25, PROT_READ | PROT_WRITE, flags, -1, 0);
+    e->stored = mmap(NULL, 1 << 25, PROT_READ | PROT_WRITE, flags, -1, 0);
     e->scratch = mmap(NULL, 4096 * SCRATCH_PAGES, PROT_READ | PROT_WRITE, flags, -1, 0);
-    if (e->code == MAP_FAILED || e->scratch == MAP_FAILED) return 2;
+    if (e->code == MAP_FAILED || e->stored == MAP_FAILED || e->scratch == MAP_FAILED) return 2;
     pthread_mutex_init(&e->m, NULL);
     pthread_cond_init(&e->look, NULL);
     for (int i = 0; i < QUEUES; i++) pthread_cond_init(&e->c[i], NULL);
@@ -344,6 +346,7 @@ void nv_engine_close(Engine *e) {
     free(e->region);
     free_kept(e);
     munmap(e->code, 1 << 25);
+    munmap(e->stored, 1 << 25);
     munmap(e->scratch, 4096 * SCRATCH_PAGES);
     for (i = 0; i < e->ncpus; i++) {
         munmap(e->cpus[i]->vmcb, AUX_SIZE);
