@@ -53,6 +53,7 @@ static Region *region_at(Engine *e, u64 gpa);
 #include "locked.h"
 #include "access.h"
 #include "stores.h"
+#include "floats.h"
 
 _Noreturn static void bail(Engine *e) {
     p_emu_stop(e->uc);

@@ -30,6 +30,8 @@ int nv_prepare(const char *path) {
 #define LOAD_SYMBOL(name, type, result) {"cpu_ld" #name "_mmuidx_ra_x86_64", &p_ld##name},
 #define STORE_SYMBOL(name, type, argument) {"cpu_st" #name "_mmuidx_ra_x86_64", &p_st##name},
         LOADS(LOAD_SYMBOL) STORES(STORE_SYMBOL)
+#define FLOAT_SYMBOL(name, type, host, bits, op) {#name "_x86_64", &p_##name},
+        FLOATS(FLOAT_SYMBOL)
     };
     struct { const char *name; void *ours; } replaced[] = {
         {"translator_loop_x86_64", our_translator_loop},
@@ -43,13 +45,16 @@ int nv_prepare(const char *path) {
 #define OUR_LOAD(name, type, result) {"cpu_ld" #name "_mmuidx_ra_x86_64", our_ld##name},
 #define OUR_STORE(name, type, argument) {"cpu_st" #name "_mmuidx_ra_x86_64", our_st##name},
         LOADS(OUR_LOAD) STORES(OUR_STORE)
+#define OUR_FLOAT(name, type, host, bits, op) {#name "_x86_64", our_##name},
+        FLOATS(OUR_FLOAT)
+        {"update_mxcsr_status_x86_64", our_mxcsr},
         {"helper_pcmpistri_xmm_x86_64", our_pcmpistri}, {"helper_pcmpistrm_xmm_x86_64", our_pcmpistrm},
     };
     if (loaded) return 0;
     if (!lib) return 1;
     for (size_t i = 0; i < sizeof sym / sizeof *sym; i++)
         if (!(*(void **)sym[i].to = dlsym(lib, sym[i].name))) return 1;
-    if (!atomics_are_known()) return 1;
+    if (!atomics_are_known() || !floats_are_known()) return 1;
     for (size_t i = 0; i < sizeof replaced / sizeof *replaced; i++)
         if (interpose(lib, replaced[i].name, replaced[i].ours) < 1) return 1;
     loaded = true;
@@ -74,7 +79,7 @@ static int check_layout(Engine *e, const char *path) {
     if (UC(void *, UC_LAST_TB)) return 1; // nothing has run yet
     const char *tcg = UC(char *, UC_TCG_CTX);
     if (TCG(u64, TCG_BUFFER_END) - TCG(u64, TCG_BUFFER) > TCG(u64, TCG_BUFFER_SIZE)) return 1;
-    if (!head_is_known()) return 1;
+    if (!head_is_known() || !mxcsr_is_known(e)) return 1;
     int globals = *(int *)(UC(char *, UC_TCG) + TCG_NB_GLOBALS), temps = *(int *)(UC(char *, UC_TCG) + TCG_NB_TEMPS);
     if (globals < 16 || globals > 64 || temps < globals || temps > 512) return 1; // registers of the guest
     for (int m = 0; m < 3; m++) {
@@ -421,7 +426,7 @@ void nv_fxrstor(Vcpu *v, const u8 *b) {
     S(u32, MXCSR) = *(u32 *)(b + 24) & 0xffff;
     for (u32 i = 0; i < 8; i++) memcpy(v->state + FPREGS + 16 * ((top + i) & 7), b + 32 + 16 * i, 10);
     for (int i = 0; i < 16; i++) memcpy(v->state + XMM + 64 * i, b + 160 + 16 * i, 16);
-    p_mxcsr(v->state);
+    our_mxcsr(v->state);
     p_fpuc(v->state);
 }
 
