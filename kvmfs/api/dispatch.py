@@ -117,7 +117,7 @@ class VmDispatcher:
                     if req.arg:
                         raise KvmError(errno.EINVAL)
                     result = self._run(v, req)
-                    if result == 0 and v.arch.apic is None:
+                    if result == 0:
                         v.lane.arm(req.tid)
                     return result
                 handler = self._vcpu_handlers.get(req.cmd)

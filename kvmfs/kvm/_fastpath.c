@@ -14,10 +14,11 @@
 
 enum { FREE, ARMED, RUNNING, WANTED };
 enum { COMPLETE_NONE, COMPLETE_OUT, COMPLETE_IN, COMPLETE_READ, COMPLETE_WRITE }; // fastpath.py has the same
-enum { WITH_PORTS = 1, WITH_MMIO = 2, WITH_HLT = 4 };
+enum { WITH_PORTS = 1, WITH_HLT = 2, WITH_APIC = 4, READY = 8, NOT_READY = 16 };
 enum { KVM_RUN = 0xae80, KVM_EXIT_UNKNOWN = 0, KVM_EXIT_IO = 2, KVM_EXIT_HLT = 5, KVM_EXIT_MMIO = 6, KVM_EXIT_IO_OUT = 1 };
 enum { SVM_EXIT_HLT = 0x78, PORT_OUT_7E = 0x7e };
-enum { PAGES = 8, KINDS = 8, PIO_DATA = 4096 };
+enum { PLACES = 8, KINDS = 8, PIO_DATA = 4096 };
+enum { PLACE_READ = 1, PLACE_WRITE = 2, PLACE_PORT = 4 }; // beside a page, or a port << 12
 
 struct kvm_run_head { // struct kvm_run
     u8 request_interrupt_window, immediate_exit, padding1[6];
@@ -37,14 +38,14 @@ _Static_assert(sizeof(struct kvm_run_head) == 304, "struct kvm_run");
 typedef struct { // fastpath.py: LaneState
     atomic_int state;
     atomic_int stop;      // something may have changed: to be looked at by Python first
-    u32 tid, with;        // the client's thread; which exits
+    u32 tid, with;        // the client's thread; which exits, and what else is different from vCPU to vCPU
     int32_t complete;     // how the last exit is completed
     int32_t kind;         // BEGUN: the exit that is to be handled;
     int32_t completing;   // COMPLETE_*: it came from completing the one before
-    u32 npages;
+    u32 nplaces;
     u64 apic_base;
     u64 runs, mmio_exits, halt_exits, exits[KINDS]; // what was counted in here
-    u64 page[PAGES];      // MMIO there is the client's; bit 0: stores
+    u64 place[PLACES];    // accesses there are the client's: PLACE_* and a page of MMIO, or a port
     Vcpu *v;
     struct kvm_run_head *run;
 } Lane;
@@ -81,29 +82,26 @@ void fp_release(Lane *l, int armed) {
     if (state == WANTED) futex(&l->state, FUTEX_WAKE, 1 << 30);
 }
 
-void fp_arm(Lane *l, u32 tid, u32 with, int complete, u64 apic_base, u64 page) {
+static bool is_clients(const Lane *l, u64 place) {
+    for (u32 i = 0; i < l->nplaces && i < PLACES; i++)
+        if (l->place[i] == place) return true;
+    return false;
+}
+
+void fp_arm(Lane *l, u32 tid, u32 with, int complete, u64 apic_base, u64 place) {
     l->tid = tid;
     l->with = with;
     l->complete = complete;
     l->apic_base = apic_base;
-    u32 i = 0;
-    while (i < l->npages && i < PAGES && l->page[i] != page) i++;
-    if (page && (i == l->npages || i == PAGES)) l->page[l->npages++ % PAGES] = page;
+    if (place && !is_clients(l, place)) l->place[l->nplaces++ % PLACES] = place;
     fp_release(l, 1);
-}
-
-static bool is_clients(const Lane *l, u64 gpa, u64 write) {
-    u64 page = (gpa & ~0xfffull) | write << 1 | 1;
-    for (u32 i = 0; i < l->npages && i < PAGES; i++)
-        if (l->page[i] == page) return true;
-    return false;
 }
 
 static bool wants_to_run(const Lane *l) {
     const Vcpu *v = l->v;
     const struct kvm_run_head *run = l->run;
     return !run->request_interrupt_window && !run->immediate_exit && !run->kvm_valid_regs && !run->kvm_dirty_regs
-           && run->cr8 == (*(u8 *)(v->state + V_TPR) & 15) && !(S(u64, EFLAGS) & FL_TF);
+           && (l->with & WITH_APIC || run->cr8 == (*(u8 *)(v->state + V_TPR) & 15)) && !(S(u64, EFLAGS) & FL_TF);
 }
 
 // What the last exit left open, with what the client answered. The kind of a further exit of the same instruction, or EXIT_NONE.
@@ -129,8 +127,9 @@ static bool show(Lane *l, int kind) {
     struct kvm_run_head *run = l->run;
     switch (kind) {
     case EXIT_IO_OUT:
-    case EXIT_IO_IN:
-        if (!(l->with & WITH_PORTS) || x->string || x->port == PORT_OUT_7E) return false;
+    case EXIT_IO_IN: {
+        u64 place = (u64)x->port << 12 | PLACE_PORT | (kind == EXIT_IO_OUT ? PLACE_WRITE : PLACE_READ);
+        if (x->string || x->port == PORT_OUT_7E || !(l->with & WITH_PORTS || is_clients(l, place))) return false;
         run->io.direction = kind == EXIT_IO_OUT;
         run->io.size = x->size;
         run->io.port = x->port;
@@ -140,10 +139,11 @@ static bool show(Lane *l, int kind) {
         run->exit_reason = KVM_EXIT_IO;
         l->complete = kind == EXIT_IO_OUT ? COMPLETE_OUT : COMPLETE_IN;
         return true;
+    }
     case EXIT_MMIO_READ:
     case EXIT_MMIO_WRITE: {
         int write = kind == EXIT_MMIO_WRITE;
-        if (!(l->with & WITH_MMIO) || (!write && x->info1) || !is_clients(l, x->gpa, write)) return false;
+        if ((!write && x->info1) || !is_clients(l, (x->gpa & ~0xfffull) | (write ? PLACE_WRITE : PLACE_READ))) return false;
         run->mmio.phys_addr = x->gpa;
         memset(run->mmio.data, 0, sizeof run->mmio.data);
         if (write) memcpy(run->mmio.data, x->data, x->size);
@@ -168,7 +168,8 @@ static void save(Lane *l) { // post_kvm_run_save
     const Vcpu *v = l->v;
     struct kvm_run_head *run = l->run;
     bool open = (S(u64, EFLAGS) & FL_IF) != 0;
-    run->ready_for_interrupt_injection = open && !(S(u32, HFLAGS) & HF_INHIBIT) && v->intr_vector < 0 && v->exc_vector < 0;
+    bool ready = open && !(S(u32, HFLAGS) & HF_INHIBIT) && v->intr_vector < 0 && v->exc_vector < 0;
+    run->ready_for_interrupt_injection = l->with & READY || (ready && !(l->with & NOT_READY));
     run->if_flag = open;
     run->flags = 0;
     run->cr8 = *(u8 *)(v->state + V_TPR) & 15;

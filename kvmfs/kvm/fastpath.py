@@ -15,19 +15,22 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
-from kvmfs.abi.exits import KVM_EXIT_MMIO
+from kvmfs.abi.exits import KVM_EXIT_MMIO, KVM_MP_STATE_RUNNABLE
 from kvmfs.kvm import events, x86_exits
 
 if TYPE_CHECKING:
     from kvmfs.kvm.kvm_main import Vcpu
+    from kvmfs.kvm.lapic import Lapic
 
 FREE, ARMED, RUNNING, WANTED = range(4)
 _STATE, _STOP = 0, 1                    # words of a lane
 NONE, OUT, IN, READ, WRITE = range(5)   # how an exit is completed
 _PYTHON: Final = -1                     # arch.complete_userspace_io says it
-_WITH_PORTS, _WITH_MMIO, _WITH_HLT = 1, 2, 4
-_KINDS, _PAGES = 8, 8
-_REQUEST_WINDOW, _EXIT_REASON, _MMIO, _VALID_REGS, _DIRTY_REGS = 0, 8, 32, 288, 296     # of kvm_run
+_WITH_PORTS, _WITH_HLT, _WITH_APIC, _READY, _NOT_READY = 1, 2, 4, 8, 16
+_PLACE_READ, _PLACE_WRITE, _PLACE_PORT = 1, 2, 4        # a place: with a page of MMIO, or a port << 12
+_PAGE = 4096
+_KINDS, _PLACES = 8, 8
+_REQUEST_WINDOW, _EXIT_REASON, _MMIO, _PORT, _VALID_REGS, _DIRTY_REGS = 0, 8, 32, 34, 288, 296     # of kvm_run
 
 _COMPLETIONS: Final[tuple[Callable[[Vcpu], int] | None, ...]] = (
     None, x86_exits.complete_io_out, x86_exits.complete_io_in, x86_exits.complete_mmio_read, x86_exits.next_fragment)
@@ -44,20 +47,20 @@ class LaneState(ctypes.Structure):
         ("complete", ctypes.c_int32),
         ("kind", ctypes.c_int32),
         ("completing", ctypes.c_int32),
-        ("npages", ctypes.c_uint32),
+        ("nplaces", ctypes.c_uint32),
         ("apic_base", ctypes.c_uint64),
         ("runs", ctypes.c_uint64),
         ("mmio_exits", ctypes.c_uint64),
         ("halt_exits", ctypes.c_uint64),
         ("exits", ctypes.c_uint64 * _KINDS),
-        ("page", ctypes.c_uint64 * _PAGES),
+        ("place", ctypes.c_uint64 * _PLACES),
         ("vcpu", ctypes.c_void_p),
         ("run", ctypes.c_void_p),
     )
     complete: int
     kind: int
     completing: int
-    npages: int
+    nplaces: int
     runs: int
     mmio_exits: int
     halt_exits: int
@@ -110,6 +113,13 @@ class Lanes:
             self.lib.fp_set(self.address, index, None)
 
 
+def _is_busy(vcpu: Vcpu, apic: Lapic) -> bool:
+    """Is something to be done for the local APIC before the guest goes on?"""
+    arch = vcpu.arch
+    return bool(arch.mp_state != KVM_MP_STATE_RUNNABLE or apic.pending_events or apic.eoi_exit is not None
+                or (apic.timer.pending and apic.timer.has_pending) or arch.vapic_addr or arch.pv_eoi.pending)
+
+
 class Lane:
     """A vCPU's.  ``words[0]`` is its state: 0, it is Python's."""
 
@@ -156,12 +166,14 @@ class Lane:
             return False
         if words[_STOP]:
             words[_STOP] = 0            # before the look: what changes after it sets it again
-            self.info.npages = 0
+            self.info.nplaces = 0
         vcpu = self._vcpu
         arch, vm, run = vcpu.arch, vcpu.vm, vcpu.run
-        if (arch.apic is not None or not self._lanes.enabled or vcpu.copy_run or vcpu.dirty_ring is not None or vm.mirrored
-                or arch.requests or arch.event_request or arch.entry_check or arch.guest_debug or arch.apic_attention
-                or arch.given or arch.triple_fault or arch.steal_time.msr or vcpu.sigset is not None
+        apic = arch.apic
+        busy = arch.apic_attention if apic is None else _is_busy(vcpu, apic)
+        if (busy or not self._lanes.enabled or vcpu.copy_run or vcpu.dirty_ring is not None or vm.mirrored
+                or arch.requests or arch.event_request or arch.entry_check or arch.guest_debug
+                or arch.given or arch.triple_fault or vcpu.sigset is not None
                 or arch.pio_linear_rip is not None or arch.exception.pending or events.needs_reinjection(vcpu)
                 or run[_REQUEST_WINDOW] or run[_VALID_REGS] or run[_DIRTY_REGS] or vm.dead or not vm.arch.resumed.is_set()
                 or x86_exits.is_tapped()):
@@ -171,16 +183,43 @@ class Lane:
         if complete not in _COMPLETIONS or (complete is x86_exits.complete_io_in and cpu.exit.string):
             return False
         how = _COMPLETIONS.index(complete)
-        with_ = (0 if vm.pio_bus.ranges else _WITH_PORTS) | (0 if vm.mmio_bus.ranges else _WITH_MMIO) | (
-            0 if vm.arch.hlt_in_guest else _WITH_HLT)
-        page = 0
-        if how in (READ, WRITE) and run[_EXIT_REASON] == KVM_EXIT_MMIO:
-            page = int.from_bytes(run[_MMIO:_MMIO + 8], "little") & ~0xFFF | (how == WRITE) << 1 | 1
-        lib.fp_arm(self.address, tid, with_, how, arch.apic_base, page)
+        with_ = 0 if vm.pio_bus.ranges else _WITH_PORTS
+        if apic is not None:
+            with_ |= _WITH_APIC | (_READY if apic.chip.pic is not None else 0 if apic.accepts_dm_intr() else _NOT_READY)
+        elif not vm.arch.hlt_in_guest:
+            with_ |= _WITH_HLT
+        lib.fp_arm(self.address, tid, with_, how, arch.apic_base, self._place(how))
         return True
+
+    def _place(self, how: int) -> int:
+        """Where the exit was that the client answers with ``how``, if accesses there are always the client's; 0: they are not."""
+        vcpu = self._vcpu
+        vm, run, direction = vcpu.vm, vcpu.run, _PLACE_WRITE if how in (OUT, WRITE) else _PLACE_READ
+        if how in (OUT, IN):
+            port = int.from_bytes(run[_PORT:_PORT + 2], "little")
+            here = vm.pio_bus.may_write(port) if how == OUT else vm.pio_bus.may_read(port)
+            return 0 if here else port << 12 | _PLACE_PORT | direction
+        if how == NONE or run[_EXIT_REASON] != KVM_EXIT_MMIO:
+            return 0
+        page = int.from_bytes(run[_MMIO:_MMIO + 8], "little") & -_PAGE
+        if (vcpu.arch.apic is not None and page == vcpu.arch.apic_base & -_PAGE) or any(
+                r.addr < page + _PAGE and page < r.addr + max(r.size, 1) for r in vm.mmio_bus.ranges):
+            return 0
+        return page | direction
 
     def begun(self, vcpu: Vcpu) -> int:
         """Handle the exit with which native code gave a KVM_RUN back; as the handlers of x86_exits."""
+        apic = vcpu.arch.apic
+        if apic is None:
+            return self._begun(vcpu)
+        apic.thread = threading.get_ident()
+        apic.in_guest = True            # as irq.enter_or_block does
+        try:
+            return self._begun(vcpu)
+        finally:
+            apic.in_guest = False
+
+    def _begun(self, vcpu: Vcpu) -> int:
         self.take_over()
         info = self.info
         kind, completing = info.kind, info.completing

@@ -74,7 +74,13 @@ class LapicCore:
 
     def request_unblock(self) -> None:
         self.wake.set()
-        if self.in_guest and self.thread != threading.get_ident():
+        if self.in_guest:
+            if self.thread != threading.get_ident():
+                self.vcpu.cpu.kick()
+            return
+        lane = self.vcpu.lane
+        lane.stop()                     # it may be armed at this moment
+        if lane.words[0]:               # and perhaps runs
             self.vcpu.cpu.kick()
 
     # ---- registers ----------------------------------------------------------------------------------
@@ -150,6 +156,7 @@ class LapicCore:
     def set_base(self, value: int) -> None:
         """``kvm_apic_set_base`` after its checks: IA32_APIC_BASE changes.  Takes the lock."""
         arch = self.vcpu.arch
+        self.vcpu.lane.stop()           # its page may be one that was the client's
         with self.chip.lock:
             changed, arch.apic_base = arch.apic_base ^ value, value
             if changed & MSR_IA32_APICBASE_ENABLE:
