@@ -12,7 +12,7 @@ from functools import partial
 
 import click
 
-from kvmd import worker
+from kvmd import warmup, worker
 from kvmd.control import ControlServer
 from kvmd.init import InitError, Module, kvm_init, shutdown
 from kvmd.link import Link, LinkError
@@ -45,7 +45,7 @@ def set_up_log(level: str) -> None:
 
 def serve(options: Options) -> int:
     """The daemon's life; returns its exit status.  The process must have one thread and no other use for it."""
-    zygote = Zygote.start(worker.main, partial(worker.preload, options.vendor, options.profile))
+    zygote = Zygote.start(worker.main, partial(warmup.preload, options.vendor, options.profile))
     try:
         module = Module(options, zygote)
         try:

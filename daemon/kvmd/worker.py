@@ -7,18 +7,13 @@ the VM's files is closed, when its client or the daemon is gone, or when its con
 
 from __future__ import annotations
 
-import codecs
-import contextlib
 import logging
 import os
 import threading
-from types import SimpleNamespace
 from typing import Any
 
-import trio
-
-from kvmd import affinity, sandbox
 from kvmd import link as _link
+from kvmd import sandbox
 from kvmd.affinity import Follower
 from kvmd.host import VM_FILE_MODE, RelayedRequest, WorkerHost
 from kvmd.link import Link, LinkError, Message
@@ -28,80 +23,50 @@ from kvmfs.api.dispatch import VmDispatcher
 from kvmfs.client.process import Process
 from kvmfs.fuse.channel import Channel, Shortcut
 from kvmfs.fuse.operations import NodeOperations
-from kvmfs.kvm import fastpath, hyperv_cpuid, tsc
 from kvmfs.kvm.kvm_main import DEVICE_INODE, VCPU_INODE, VM_INODE, Vm
 
 log = logging.getLogger("kvmd.worker")
 
 VM_FILE = "kvm-vm"
-ROUNDS = 12             # Python quickens what was called eight times
 MAX_IDLE = 2            # reader threads that stay when nothing is to be read
 # What spawn() passes, in this order; the zygote adds "ordinary", its pipe for threads that yield, or -1.
 FDS = ("fuse", "requests", "control", "pidfd", "memory", "tasks", "maps")
 
-
 _ahead: dict[tuple[str, str], VmDispatcher] = {}
+NOBODY: Any = None      # the host of a VM that was made ahead
 
 
-def preload(vendor: str, profile: str) -> None:
-    """Run once in the zygote: make Python import what a worker would import at its first use, and do what is the same in each.
-
-    ``vendor`` and ``profile`` are the daemon's options; wrong ones are the daemon's to complain about.
-    """
-    trio.run(trio.lowlevel.checkpoint)
-    for name in ("ascii", "idna", "latin-1"):
-        codecs.lookup(name)
-    fastpath.load()
-    affinity.load()
-    sandbox.prepare()
-    tsc.tsc_khz()                   # takes a tenth of a second, and privileges
-    tsc.host_clock_is_tsc()
-    hyperv_cpuid.smt_possible()
-    with contextlib.suppress(ValueError):
-        _warm_up(vendors.load(vendor).name, profile)
-    logging.getLogger("kvmd.worker").debug("zygote is ready")
-
-
-def _warm_up(vendor: str, profile: str) -> None:
-    """Make VMs that nobody uses: Python then has specialised the code that each worker runs once, and writes less into it.
-
-    And make one that each worker finds in its copy of the zygote's memory.
-    """
-    client: Any = SimpleNamespace(tid=0, task_fd=-1, memory=None, owns=lambda tid: False)
-    one, other = Link.pair()
-    for _ in range(ROUNDS):
-        host = WorkerHost(one, client, fuse=-1, maps=-1, device=0, passthrough=True, uid=0, gid=0)
-        worker = Worker(vendor, profile, host, -1, other, 0)
-        worker.vm.online_vcpu(worker.vm.create_vcpu(0))
-        worker.dispatcher.tap(())
-        worker.vm.destroy()
-    vm = Vm(vendors.load(vendor), host, profile)
-    vm.engine.make_ahead()
-    _ahead[vendor, profile] = VmDispatcher(vm)
-    one.close()
-    other.close()
+def keep(vendor: str, profile: str, made: VmDispatcher) -> None:
+    """In the zygote: a VM that its workers find, each in its own copy of the zygote's memory."""
+    _ahead[vendor, profile] = made
 
 
 def main(message: Message, fds: list[int]) -> None:
     """The worker's life.  ``message`` is the daemon's spawn request."""
-    number = message.integer("number")
-    fuse, requests, control, pidfd, memory, tasks, maps, ordinary = fds
-    sandbox.set_name(f"kvm-vm:{number}")
+    _fuse, requests, control, *_ = fds
+    sandbox.set_name(f"kvm-vm:{message.integer('number')}")
     link = Link.from_fd(requests)
     try:
         uid = message.body.get("uid")
         sandbox.enter(uid if isinstance(uid, int) else None, fds)
-        process = Process(message.integer("tid"), message.integer("tgid"), pidfd=pidfd, mem_fd=memory, task_fd=tasks)
-        host = WorkerHost(link, process, fuse=fuse, maps=maps, device=message.integer("device"),
-                          passthrough=bool(message.integer("passthrough", 0, 1)),
-                          uid=message.integer("owner_uid"), gid=message.integer("owner_gid"))
-        worker = Worker(message.text("vendor", r"[a-z]+"), message.text("profile", r"[a-z0-9.-]+"), host, fuse,
-                        Link.from_fd(control), number, ordinary)
-        worker.window.set_faults(message.texts("faults"))
+        worker = make(message, fds, link, Link.from_fd(control))
     except OSError as error:
         link.send("failed", **_link.failure(error))
         return
     worker.run(link)
+
+
+def make(message: Message, fds: list[int], link: Link, control: Link) -> Worker:
+    """The worker that the spawn request asks for.  Raises OSError, LinkError."""
+    fuse, _requests, _control, pidfd, memory, tasks, maps, ordinary = fds
+    process = Process(message.integer("tid"), message.integer("tgid"), pidfd=pidfd, mem_fd=memory, task_fd=tasks)
+    host = WorkerHost(link, process, fuse=fuse, maps=maps, device=message.integer("device"),
+                      passthrough=bool(message.integer("passthrough", 0, 1)),
+                      uid=message.integer("owner_uid"), gid=message.integer("owner_gid"))
+    worker = Worker(message.text("vendor", r"[a-z]+"), message.text("profile", r"[a-z0-9.-]+"), host, fuse, control,
+                    message.integer("number"), ordinary)
+    worker.window.set_faults(message.texts("faults"))
+    return worker
 
 
 class Worker:

@@ -157,7 +157,7 @@ static PyObject *exchange(Exchange *x, PyObject *const *args, Py_ssize_t count) 
             break;
         }
     }
-    if (!error && got < 0) error = -errno;
+    if (!error && got <= 0) error = got ? -errno : -ENODEV; // 0: a socket in the place of the kernel was closed
     Py_END_ALLOW_THREADS
     PyBuffer_Release(&buffer);
     if (reply.obj) PyBuffer_Release(&reply);

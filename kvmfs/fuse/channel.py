@@ -363,9 +363,6 @@ class Channel:
             (_len, opcode, unique, nodeid, request.uid, request.gid, request.tid, _ext, _pad, request.fh, _flags,
              request.cmd, request.arg, in_size, request.out_size) = unpack(buffer)
             if opcode != operation:
-                if not length:      # a test's socket that was closed; the kernel's device does not end like that
-                    self._end()
-                    return
                 self._other(opcode, unique, nodeid, view[:length])
                 continue
             request._channel, request.unique, request.nodeid = self, unique, nodeid

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 from typing import Final
@@ -29,7 +30,10 @@ class PythonExchange:
                 os.write(self._fd, reply)
             except OSError as error:
                 return -(error.errno or 5)
-        return os.readv(self._fd, [buffer])
+        length = os.readv(self._fd, [buffer])
+        if not length:              # a socket in the place of the kernel was closed
+            raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
+        return length
 
     def about_to_block(self) -> int:
         """The caller will not read for a while: another thread does.  Returns ``running``."""
