@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from kvmfs.abi.ioctls import TABLE, Level
+from kvmfs.abi.ioctls import KVM_IRQ_LINE, KVM_IRQ_LINE_STATUS, KVM_SIGNAL_MSI, TABLE, Level
 from kvmfs.api import device, system, vcpu, vm
 from kvmfs.api.taps import Handler, Handlers, Result, Tap, TappedHandlers, tapped
 from kvmfs.errors import KvmError
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from kvmfs.kvm.profile import Profile
 
 KVM_RUN, KVM_CREATE_VM = 0xAE80, 0xAE01
+# They change nothing but what the vCPUs' local APICs are told, who see to it by themselves.
+_INTERRUPTS = frozenset((KVM_IRQ_LINE, KVM_IRQ_LINE_STATUS, KVM_SIGNAL_MSI))
 
 
 def bind(level: Level, module: ModuleType, profile: Profile) -> dict[int, Handler]:
@@ -126,6 +128,8 @@ class VmDispatcher:
                 return handler(v, req)
             finally:
                 mutex.release()
+        if req.cmd in _INTERRUPTS:
+            return self._vm_ioctl(vm_, req)
         vm_.stop_lanes()
         try:
             return self._vm_ioctl(vm_, req)
