@@ -111,8 +111,10 @@ class Process:
                 raise ProcessLookupError(errno.ESRCH, f"process {tgid} is gone") from None
             stack.callback(os.close, task_fd)
             # The pidfd pins tgid from here on; the answer before it could have been about an older process.
-            if tgid_of(tid) != tgid:
-                raise ProcessLookupError(errno.ESRCH, f"thread {tid} is gone")
+            try:
+                os.stat(str(tid), dir_fd=task_fd)
+            except FileNotFoundError:
+                raise ProcessLookupError(errno.ESRCH, f"thread {tid} is gone") from None
             process = cls(tid, tgid, pidfd=pidfd, mem_fd=mem_fd, task_fd=task_fd)
             stack.pop_all()
         return process

@@ -120,6 +120,7 @@ class Thread:
         "_dirty",
         "_locked",
         "_mask",
+        "_mem_fd",
         "_regs",
         "_signals",
         "_state",
@@ -140,6 +141,7 @@ class Thread:
         self._state = "seized"
         self._locked = False
         self._dirty = False  # registers or mask are ours and must be put back
+        self._mem_fd = -1  # its memory, as long as it is held
 
     @classmethod
     def seize(cls, tid: int, *, tgid: int | None = None, timeout: float = TIMEOUT) -> Self:
@@ -238,22 +240,22 @@ class Thread:
 
     def read(self, addr: int, n: int) -> bytes:
         """`n` bytes of the client's memory. OSError EFAULT; ClientGoneError."""
-        with self._memory() as fd:
-            try:
-                data = os.pread(fd, n, addr)
-            except (OSError, OverflowError):
-                data = b""
+        fd = self._memory()
+        try:
+            data = os.pread(fd, n, addr)
+        except (OSError, OverflowError):
+            data = b""
         if len(data) != n:
             raise OSError(errno.EFAULT, f"client memory {addr:#x}+{n:#x} is not accessible")
         return data
 
     def write(self, addr: int, data: bytes) -> None:
         """Write `data` into the client's memory. OSError EFAULT; ClientGoneError."""
-        with self._memory() as fd:
-            try:
-                n = os.pwrite(fd, data, addr)
-            except (OSError, OverflowError):
-                n = 0
+        fd = self._memory()
+        try:
+            n = os.pwrite(fd, data, addr)
+        except (OSError, OverflowError):
+            n = 0
         if n != len(data):
             raise OSError(errno.EFAULT, f"client memory {addr:#x}+{len(data):#x} is not accessible")
 
@@ -455,21 +457,21 @@ class Thread:
 
     def _done(self) -> None:
         self._state = "done"
+        if self._mem_fd >= 0:
+            os.close(self._mem_fd)
+            self._mem_fd = -1
         if self._locked:
             self._locked = False
             _locks.release(self.tgid)
 
-    @contextlib.contextmanager
-    def _memory(self) -> Iterator[int]:
-        try:
-            fd = os.open(f"/proc/{self.tid}/mem", os.O_RDWR | os.O_CLOEXEC)
-        except FileNotFoundError:
-            self._reap()
-            raise
-        try:
-            yield fd
-        finally:
-            os.close(fd)
+    def _memory(self) -> int:
+        # Once it has stopped its address space stays, or it dies.
+        if self._mem_fd < 0:
+            try:
+                self._mem_fd = os.open(f"/proc/{self.tid}/mem", os.O_RDWR | os.O_CLOEXEC)
+            except FileNotFoundError:
+                self._reap()
+        return self._mem_fd
 
     def _on_main_stack(self) -> bool:
         """Whether the stack pointer is on the process's initial stack, where there is room below it.
