@@ -46,7 +46,7 @@ int yd_watch(const int *tid, int count, int client, int ordinary, long period_ns
         stat[i] = own_file(tid[i], "stat");
         sched[i] = own_file(tid[i], "schedstat");
     }
-    bool seen = count && sched[0] >= 0 && ran(sched[0]);
+    bool seen = count > 0 && sched[0] >= 0 && ran(sched[0]);
     uint64_t before = 0;
     for (int round = 0; seen && late < 2 && round <= rounds; round++) {
         uint64_t now = client < 0 ? 0 : ran(client);
