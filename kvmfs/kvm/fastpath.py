@@ -128,6 +128,7 @@ class Lane:
         self.info = LaneState(complete=_PYTHON)
         self.address = ctypes.addressof(self.info)
         self.words = memoryview(self.info).cast("B").cast("i")
+        self.halted = False             # the guest has waited in this KVM_RUN
 
     def stop(self) -> None:
         """Any thread: something may have changed that :meth:`arm` has looked at; not at every change the vCPU is kicked."""
@@ -163,6 +164,9 @@ class Lane:
         """
         lib, words = self._lib, self.words
         if lib is None:
+            return False
+        if self.halted:                 # its exits are few, and each look delays the answer
+            self.halted = False
             return False
         if words[_STOP]:
             words[_STOP] = 0            # before the look: what changes after it sets it again

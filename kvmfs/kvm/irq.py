@@ -167,6 +167,7 @@ def wait_for_event(vcpu: Vcpu, apic: Lapic, stop: Callable[[], bool]) -> bool:
     Returns whether it slept at all.
     """
     wake, stat, waited = apic.wake, vcpu.arch.stat, False
+    vcpu.lane.halted = True
     stat.blocking = 1
     try:
         while True:
