@@ -174,8 +174,6 @@ class Lane:
         vcpu = self._vcpu
         arch, vm, run = vcpu.arch, vcpu.vm, vcpu.run
         apic = arch.apic
-        if apic is not None and len(vm.vcpus) > 1:
-            return False                # a boot of four vCPUs has failed with that, for a reason that is not known yet
         busy = arch.apic_attention if apic is None else _is_busy(vcpu, apic)
         if (busy or not self._lanes.enabled or vcpu.copy_run or vcpu.dirty_ring is not None or vm.mirrored
                 or arch.requests or arch.event_request or arch.entry_check or arch.guest_debug

@@ -48,10 +48,11 @@ class RunDelays:
     def __init__(self, tasks: int) -> None:
         self._tasks = tasks
         self._files: dict[int, int] = {}
+        self._lock = threading.Lock()   # of all vCPUs: what one of them closes no other one may be reading
 
     def of(self, tid: int) -> int:
         """Nanoseconds; 0 for a thread that is gone."""
-        with suppress(OSError, IndexError, ValueError):
+        with self._lock, suppress(OSError, IndexError, ValueError):
             file = self._files.get(tid)
             if file is None:
                 file = self._open(tid)

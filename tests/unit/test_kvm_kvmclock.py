@@ -2,6 +2,7 @@
 """TSC, kvmclock, steal time and KVM's other MSRs; both vendors."""
 
 import errno
+import os
 import struct
 import threading
 import time
@@ -515,3 +516,30 @@ def test_enforced_pv_features(machine, vendor):
     assert get_msr(m, M.MSR_KVM_SYSTEM_TIME_NEW) is None
     assert get_msr(m, M.MSR_KVM_SYSTEM_TIME) == 0
     assert set_msr(m, M.MSR_KVM_STEAL_TIME, PAGE | 1) == 0
+
+
+def test_run_delays_of_many_threads_at_once(monkeypatch):
+    """A vCPU's threads share the open files, of which each may close all."""
+    monkeypatch.setattr(steal_time, "_MAX_FILES", 3)
+    tasks = os.open("/proc/self/task", os.O_RDONLY | os.O_DIRECTORY)
+    done, failures = threading.Event(), []
+    sleepers = [threading.Thread(target=done.wait, daemon=True) for _ in range(8)]
+    for thread in sleepers:
+        thread.start()
+    delays = steal_time.RunDelays(tasks)
+
+    def read():
+        try:
+            for i in range(1500):
+                delays.of(sleepers[i % 8].native_id if i % 5 else 1 << 22)
+        except BaseException as error:
+            failures.append(error)
+
+    readers = [threading.Thread(target=read) for _ in range(6)]
+    for thread in readers:
+        thread.start()
+    for thread in readers:
+        thread.join()
+    done.set()
+    os.close(tasks)
+    assert not failures
