@@ -200,6 +200,8 @@ class Lane:
         vcpu = self._vcpu
         vm, run, direction = vcpu.vm, vcpu.run, _PLACE_WRITE if how in (OUT, WRITE) else _PLACE_READ
         if how in (OUT, IN):
+            if not vm.pio_bus.ranges:
+                return 0                # _WITH_PORTS says it for all of them, and there is not room for many
             port = int.from_bytes(run[_PORT:_PORT + 2], "little")
             here = vm.pio_bus.may_write(port) if how == OUT else vm.pio_bus.may_read(port)
             return 0 if here else port << 12 | _PLACE_PORT | direction
